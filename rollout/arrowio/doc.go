@@ -1,0 +1,3 @@
+// Package arrowio converts between Arrow IPC streams and rollout batches. It is
+// the only package that imports Arrow.
+package arrowio
