@@ -1,0 +1,94 @@
+package secloop
+
+import (
+	"context"
+	"fmt"
+)
+
+// Reward holds the four modules of one completion (arXiv 2512.09485, eq. 18-21)
+// and whether the strategy was correct: it executed, the attack was defended
+// and nothing on the blue side was disrupted.
+type Reward struct {
+	Format     float64
+	Execution  float64
+	Evaluation float64 // 1 - rs_attack
+	Penalty    float64 // 1 - rationality
+	Correct    bool
+}
+
+// Components are the names of the reward columns, sorted, in the order of Reward.Values.
+var Components = []string{"evaluation", "execution", "format", "penalty"}
+
+// Values returns the modules in the order of Components.
+func (r Reward) Values() []float64 {
+	return []float64{r.Evaluation, r.Execution, r.Format, r.Penalty}
+}
+
+// Total is the reward with the paper's weights: 1, 1, 1 and -1.
+func (r Reward) Total() float64 { return r.Format + r.Execution + r.Evaluation - r.Penalty }
+
+// Judge rates how rational a strategy is for an alert, in [0,1].
+type Judge interface {
+	Rationality(a Alert, s Strategy) float64
+}
+
+// RuleJudge is the default judge: it starts at 1 and takes off for calls that
+// destroy service, do nothing for the target, or repeat what is already done.
+type RuleJudge struct{}
+
+// Rationality implements Judge.
+func (RuleJudge) Rationality(a Alert, s Strategy) float64 {
+	w := 1.0
+	needed := false
+	for _, c := range s {
+		t, ok := toolByName(c.Tool)
+		switch {
+		case !ok:
+			w -= 0.5
+		case t.breaks:
+			w -= 0.5
+		case needed:
+			w -= 0.25
+		case c.Params[t.Param] != a.Target && c.Params[t.Param] != a.Source:
+			w -= 0.5
+		case !stops(a.Attack, t.Name):
+			w -= 0.25
+		default:
+			needed = true
+		}
+	}
+	return max(w, 0)
+}
+
+// stops reports whether a tool stops at least one stage of an attack.
+func stops(attack, tool string) bool {
+	for _, st := range attacks[attack] {
+		for _, n := range st.Stopped {
+			if n == tool {
+				return true
+			}
+		}
+	}
+	return false
+}
+
+// Score runs the gated reward of one completion: a completion that is no
+// strategy has format 0 and penalty 1; one that fails execution is not evaluated.
+func Score(ctx context.Context, field Battlefield, judge Judge, a Alert, completion string) (Reward, error) {
+	s, err := ParseStrategy(completion)
+	if err != nil {
+		return Reward{Penalty: 1}, nil
+	}
+	r := Reward{Format: 1, Penalty: 1 - judge.Rationality(a, s)}
+	f, err := field.Run(ctx, a, s)
+	if err != nil {
+		return Reward{}, fmt.Errorf("score strategy: %w", err)
+	}
+	if f.Executed < 1 {
+		return r, nil
+	}
+	r.Execution = 1
+	r.Evaluation = 1 - f.Attacked
+	r.Correct = f.Attacked == 0 && f.Service
+	return r, nil
+}
