@@ -1,0 +1,143 @@
+package secloop
+
+import (
+	"context"
+	"fmt"
+	"math/rand/v2"
+	"slices"
+
+	"trainerd/rollout"
+)
+
+// Codec turns text into token ids and back; model/tokenizer implements it.
+type Codec interface {
+	Encode(text string) ([]int32, error)
+	Decode(ids []int32, skipSpecial bool) string
+}
+
+// Sampled is one completion with the sampler's log-probs.
+type Sampled struct {
+	Tokens   []int32
+	LogProbs []float32
+	Stopped  bool // ended by an end token, not by the length limit
+}
+
+// Sampler generates n completions of each prompt from one policy step. The
+// result is [prompt][completion]; the same weights, prompts and seed give the same completions.
+type Sampler interface {
+	Sample(ctx context.Context, prompts [][]int32, n int, seed uint64) (completions [][]Sampled, policyStep int64, err error)
+}
+
+// Agent is the loop between alerts and rewards, without the training.
+type Agent struct {
+	Codec   Codec
+	Prompt  func(Alert) string
+	Sampler Sampler
+	Field   Battlefield
+	Judge   Judge
+}
+
+// Episode is one strategy's life: what was asked, what came, what it was worth.
+type Episode struct {
+	Alert      Alert
+	Completion string
+	Sampled    Sampled
+	Reward     Reward
+}
+
+// Play samples n strategies for every alert and scores each on its own
+// battle-field. The result is [alert][strategy], with the policy step that sampled them.
+func (a Agent) Play(ctx context.Context, alerts []Alert, n int, seed uint64) ([][]Episode, int64, error) {
+	prompts := make([][]int32, len(alerts))
+	for i, al := range alerts {
+		ids, err := a.Codec.Encode(a.Prompt(al))
+		if err != nil {
+			return nil, 0, fmt.Errorf("encode prompt: %w", err)
+		}
+		prompts[i] = ids
+	}
+	completions, step, err := a.Sampler.Sample(ctx, prompts, n, seed)
+	if err != nil {
+		return nil, 0, fmt.Errorf("sample strategies: %w", err)
+	}
+	if len(completions) != len(alerts) {
+		return nil, 0, fmt.Errorf("sample strategies: %d prompts answered, expected %d", len(completions), len(alerts))
+	}
+	out := make([][]Episode, len(alerts))
+	for i, al := range alerts {
+		for _, c := range completions[i] {
+			e := Episode{Alert: al, Sampled: c, Completion: a.Codec.Decode(c.Tokens, true)}
+			if e.Reward, err = Score(ctx, a.Field, a.Judge, al, e.Completion); err != nil {
+				return nil, 0, err
+			}
+			out[i] = append(out[i], e)
+		}
+	}
+	return out, step, nil
+}
+
+// Rollouts turns episodes into the batch that is posted: one group per alert,
+// named group(i). With shuffle, each group's rewards are permuted among its
+// members first: the control that must not learn.
+func (a Agent) Rollouts(episodes [][]Episode, step int64, group func(int) string, shuffle *rand.Rand) (*rollout.Batch, error) {
+	b := &rollout.Batch{Components: slices.Clone(Components)}
+	for i, g := range episodes {
+		if len(g) == 0 {
+			continue
+		}
+		prompt, err := a.Codec.Encode(a.Prompt(g[0].Alert))
+		if err != nil {
+			return nil, fmt.Errorf("encode prompt: %w", err)
+		}
+		from := make([]int, len(g))
+		for j := range from {
+			from[j] = j
+		}
+		if shuffle != nil {
+			shuffle.Shuffle(len(from), func(x, y int) { from[x], from[y] = from[y], from[x] })
+		}
+		for j, e := range g {
+			b.Rollouts = append(b.Rollouts, rollout.Rollout{
+				GroupID: group(i), Prompt: prompt, Completion: e.Sampled.Tokens, SamplerLogProbs: e.Sampled.LogProbs,
+				Components: g[from[j]].Reward.Values(), PolicyStep: step, Truncated: !e.Sampled.Stopped,
+			})
+		}
+	}
+	return b, nil
+}
+
+// Tally summarises episodes.
+type Tally struct {
+	Episodes int
+	Reward   float64 // mean of Reward.Total
+	Accuracy float64 // share of correct strategies
+	Format   float64 // share of completions that are strategies
+	ByAttack map[string]float64
+}
+
+// Count summarises episodes over all groups.
+func Count(episodes [][]Episode) Tally {
+	t := Tally{ByAttack: map[string]float64{}}
+	n := map[string]float64{}
+	for _, g := range episodes {
+		for _, e := range g {
+			t.Episodes++
+			t.Reward += e.Reward.Total()
+			t.Format += e.Reward.Format
+			n[e.Alert.Attack]++
+			if e.Reward.Correct {
+				t.Accuracy++
+				t.ByAttack[e.Alert.Attack]++
+			}
+		}
+	}
+	if t.Episodes > 0 {
+		t.Reward /= float64(t.Episodes)
+		t.Accuracy /= float64(t.Episodes)
+		t.Format /= float64(t.Episodes)
+	}
+	for k, v := range n {
+		t.ByAttack[k] /= v
+	}
+	return t
+}
