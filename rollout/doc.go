@@ -5,5 +5,5 @@
 // durability in rollout/spool; rewards are composed here, advantages are not
 // (package sagrpo).
 //
-// Read rollout.go, then group.go (assembly), then pack.go.
+// Read rollout.go, then group.go and assembler.go (rows become groups), then pack.go.
 package rollout

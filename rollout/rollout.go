@@ -1,7 +1,17 @@
 package rollout
 
+import (
+	"fmt"
+	"time"
+
+	"trainerd/internal/fault"
+)
+
 // NoPolicyStep marks a rollout whose sampler did not say which step it used.
 const NoPolicyStep int64 = -1
+
+// CrossEntropy is the objective under which a group is one row and no reward is required.
+const CrossEntropy = "cross_entropy"
 
 // Rollout is one completion of a prompt with its reward.
 type Rollout struct {
@@ -10,7 +20,7 @@ type Rollout struct {
 	Prompt          []int32
 	Completion      []int32   // not empty
 	Reward          float64   // composed when the batch has components
-	Components      []float64 // by Batch.Components; nil when the batch has a plain reward
+	Components      []float64 // by Batch.Components (in a Group: by Group.Components); nil when the batch has a plain reward
 	SamplerLogProbs []float32 // nil or len(Completion); values at masked positions are undefined
 	LossMask        []bool    // nil (all true) or len(Completion)
 	LossWeights     []float32 // nil (all 1) or len(Completion); cross_entropy only
@@ -18,11 +28,15 @@ type Rollout struct {
 	Truncated       bool
 }
 
-// Batch is one accepted Arrow body, decoded.
+// Batch is one accepted Arrow body, decoded. Rows of one group share one prompt slice.
 type Batch struct {
 	Rollouts   []Rollout
 	Components []string // names of reward_<name> columns without the prefix, sorted
 	HasReward  bool     // the column "reward" is present
+
+	// Received starts the group timeout of the groups that the batch opens. The
+	// zero time means unknown: their clock starts at the next Assembler.Expire.
+	Received time.Time
 }
 
 // Limits bound a batch before anything is allocated for it.
@@ -38,6 +52,36 @@ type Limits struct {
 
 // Schema says which columns a job needs and understands.
 type Schema struct {
-	Objective     string             // a group is one row and reward is not required with "cross_entropy"
-	RewardWeights map[string]float64 // by component; a component column without a weight is refused
+	Objective       string             // a group is one row and reward is not required with "cross_entropy"
+	RewardWeights   map[string]float64 // by component; a component column without a weight is refused
+	SamplerLogProbs bool               // the column sampler_logprobs is required
+}
+
+// ComposeReward is the sum of weight * value over components, in the order of
+// names, so that the same batch gives the same bits everywhere.
+func ComposeReward(weights map[string]float64, names []string, values []float64) float64 {
+	var r float64
+	for i, name := range names {
+		r += weights[name] * values[i]
+	}
+	return r
+}
+
+// Tokens counts prompt and completion tokens, prompts per row.
+func (b *Batch) Tokens() int64 {
+	var n int64
+	for i := range b.Rollouts {
+		n += int64(len(b.Rollouts[i].Prompt) + len(b.Rollouts[i].Completion))
+	}
+	return n
+}
+
+// CheckPolicySteps refuses rows that claim a policy newer than newest.
+func (b *Batch) CheckPolicySteps(newest int64) error {
+	for i := range b.Rollouts {
+		if s := b.Rollouts[i].PolicyStep; s > newest {
+			return fault.BadRow("policy_step", i, s, fmt.Sprintf("at most %d, the newest step of the policy", newest))
+		}
+	}
+	return nil
 }

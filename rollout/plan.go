@@ -1,0 +1,155 @@
+package rollout
+
+import (
+	"crypto/sha256"
+	"encoding/binary"
+	"fmt"
+	"hash"
+	"math"
+	"slices"
+
+	"trainerd/internal/fault"
+)
+
+// plan is what adding a batch would do, found without doing it.
+type plan struct {
+	batch     *Batch
+	version   uint64
+	duplicate []bool            // by row
+	seen      map[digest]digest // rollout ids that the batch adds
+}
+
+// plan checks a batch against the state and against itself. Check followed by
+// Add of the same batch in the same state plans once.
+func (a *Assembler) plan(b *Batch) (*plan, error) {
+	if p := a.planned; p != nil && p.batch == b && p.version == a.version {
+		return p, nil
+	}
+	if len(b.Rollouts) == 0 {
+		return nil, &fault.Error{Kind: fault.Invalid, Code: "empty_batch", Msg: "a batch without rows"}
+	}
+	type claim struct {
+		prompt []int32
+		rows   int
+		row    int // of this batch that brought the prompt, -1: an earlier batch
+	}
+	p := &plan{batch: b, version: a.version, duplicate: make([]bool, len(b.Rollouts)), seen: map[digest]digest{}}
+	claims := map[string]*claim{}
+	var content contentHash
+	for i := range b.Rollouts {
+		r := &b.Rollouts[i]
+		if a.opts.RequirePolicyStep && r.PolicyStep == NoPolicyStep {
+			return nil, fault.BadRow("policy_step", i, "none", "the published step that sampled the row (this job requires it)")
+		}
+		if r.ID != "" {
+			id, sum := name(r.ID), content.of(b, r)
+			before, known := p.seen[id]
+			if !known {
+				before, known = a.seen[id]
+			}
+			if known && before != sum {
+				return nil, &fault.Error{Kind: fault.Conflict, Code: "rollout_id_reused", Fields: []fault.Field{{
+					Name: "rollout_id", Row: i, Got: fmt.Sprintf("%q, which was used for another content", r.ID), Expected: "a new id"}}}
+			}
+			if known {
+				p.duplicate[i] = true
+				continue
+			}
+			p.seen[id] = sum
+		}
+		c := claims[r.GroupID]
+		if c == nil {
+			c = &claim{prompt: r.Prompt, row: i}
+			if e := a.live[r.GroupID]; e != nil {
+				if e.state.Status != Open {
+					return nil, closedRow(i, r.GroupID, "complete")
+				}
+				c.prompt, c.rows, c.row = e.group.Prompt, len(e.group.Rollouts), -1
+			} else if z, ok := a.closed[name(r.GroupID)]; ok {
+				return nil, closedRow(i, r.GroupID, z.state.Status.String())
+			}
+			claims[r.GroupID] = c
+		}
+		if !slices.Equal(c.prompt, r.Prompt) {
+			expected := fmt.Sprintf("the prompt of group %q as in row %d", r.GroupID, c.row)
+			if c.row < 0 {
+				expected = fmt.Sprintf("the prompt of group %q as in an earlier batch", r.GroupID)
+			}
+			return nil, &fault.Error{Kind: fault.Invalid, Code: "unequal_prompts", Fields: []fault.Field{{
+				Name: "prompt_tokens", Row: i, Got: describePrompt(r.Prompt, c.prompt), Expected: expected}}}
+		}
+		if c.rows == a.opts.GroupSize {
+			return nil, closedRow(i, r.GroupID, fmt.Sprintf("complete with %d rows", c.rows))
+		}
+		c.rows++
+	}
+	a.planned = p
+	return p, nil
+}
+
+// describePrompt says how a prompt differs from what was expected.
+func describePrompt(got, want []int32) string {
+	for i := range min(len(got), len(want)) {
+		if got[i] != want[i] {
+			return fmt.Sprintf("%d tokens that differ at %d (%d, not %d)", len(got), i, got[i], want[i])
+		}
+	}
+	return fmt.Sprintf("%d tokens, not %d", len(got), len(want))
+}
+
+// contentHash fingerprints rows. Values at masked positions are undefined and left out.
+type contentHash struct {
+	h   hash.Hash
+	buf []byte
+}
+
+func (c *contentHash) of(b *Batch, r *Rollout) digest {
+	if c.h == nil {
+		c.h = sha256.New()
+	}
+	c.h.Reset()
+	out := c.buf[:0]
+	text := func(s string) {
+		out = binary.LittleEndian.AppendUint32(out, uint32(len(s)))
+		out = append(out, s...)
+	}
+	tokens := func(v []int32) {
+		out = binary.LittleEndian.AppendUint32(out, uint32(len(v)))
+		for _, t := range v {
+			out = binary.LittleEndian.AppendUint32(out, uint32(t))
+		}
+	}
+	text(r.GroupID)
+	tokens(r.Prompt)
+	tokens(r.Completion)
+	out = binary.LittleEndian.AppendUint64(out, math.Float64bits(r.Reward))
+	for i, v := range r.Components {
+		text(b.Components[i])
+		out = binary.LittleEndian.AppendUint64(out, math.Float64bits(v))
+	}
+	out = binary.LittleEndian.AppendUint64(out, uint64(r.PolicyStep))
+	out = append(out, flag(r.Truncated), flag(r.Components != nil), flag(r.SamplerLogProbs != nil), flag(r.LossMask != nil), flag(r.LossWeights != nil))
+	for i, v := range r.SamplerLogProbs {
+		if r.LossMask == nil || r.LossMask[i] {
+			out = binary.LittleEndian.AppendUint32(out, math.Float32bits(v))
+		}
+	}
+	for _, m := range r.LossMask {
+		out = append(out, flag(m))
+	}
+	for _, v := range r.LossWeights {
+		out = binary.LittleEndian.AppendUint32(out, math.Float32bits(v))
+	}
+	c.buf = out
+	c.h.Write(out)
+	var sum [sha256.Size]byte
+	c.h.Sum(sum[:0])
+	return digest(sum[:16])
+}
+
+func flag(b bool) byte {
+	if b {
+		return 1
+	}
+	return 0
+}
