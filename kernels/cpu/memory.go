@@ -1,0 +1,163 @@
+package cpu
+
+import (
+	"fmt"
+	"unsafe"
+
+	"trainerd/internal/fault"
+	"trainerd/kernels"
+	"trainerd/kernels/internal/seal"
+)
+
+// buffer is a span of one element type; exactly the slice of its type is set.
+type buffer struct {
+	seal.Mark
+	t    kernels.DType
+	f    []float32
+	i    []int32
+	h    []int16
+	slab *slab // what to give back; nil for slices, arena memory and no elements
+}
+
+func (b *buffer) Type() kernels.DType { return b.t }
+func (b *buffer) Len() int            { return len(b.f) + len(b.i) + len(b.h) }
+
+func (b *buffer) Slice(from, to int) kernels.Buffer {
+	must(from >= 0 && to >= from && to <= b.Len(), "slice", "[%d,%d) of a buffer of %d", from, to, b.Len())
+	s := &buffer{t: b.t}
+	switch b.t {
+	case kernels.F32:
+		s.f = b.f[from:to:to]
+	case kernels.I32:
+		s.i = b.i[from:to:to]
+	default:
+		s.h = b.h[from:to:to]
+	}
+	return s
+}
+
+// view types n elements at the start of raw memory.
+func view(t kernels.DType, n int, raw []byte) *buffer {
+	b := &buffer{t: t}
+	if n == 0 {
+		return b
+	}
+	p := unsafe.Pointer(unsafe.SliceData(raw))
+	switch t {
+	case kernels.F32:
+		b.f = unsafe.Slice((*float32)(p), n)
+	case kernels.I32:
+		b.i = unsafe.Slice((*int32)(p), n)
+	case kernels.I16:
+		b.h = unsafe.Slice((*int16)(p), n)
+	default:
+		panic(fmt.Sprintf("alloc: the cpu device has no %v buffers, expected f32, i32 or i16", t))
+	}
+	return b
+}
+
+func (d *device) Alloc(purpose string, t kernels.DType, n int) (kernels.Buffer, error) {
+	must(n >= 0, "alloc", "%d elements for %s", n, purpose)
+	bytes := kernels.Round(int64(n)*int64(t.Size()), alignment)
+	s, err := takeSlab(purpose, bytes)
+	if err != nil {
+		return nil, err
+	}
+	b := view(t, n, s.bytes)
+	if bytes > 0 {
+		b.slab = s
+	}
+	return b, nil
+}
+
+func (d *device) Free(b kernels.Buffer) {
+	if b == nil {
+		return
+	}
+	c := b.(*buffer)
+	must(c.slab != nil || c.Len() == 0, "free", "buffer of %d %v is a slice, or was freed before", c.Len(), c.t)
+	if c.slab != nil {
+		c.slab.free()
+	}
+	*c = buffer{t: c.t}
+}
+
+// slab is memory aligned to 64 bytes; raw is the mapping it lies in, nil when
+// it came from the Go heap.
+type slab struct{ bytes, raw []byte }
+
+// largeSlab is from where on a slab is mapped by itself; smaller ones come from
+// the Go heap, since a mapping costs at least a page and two system calls.
+const largeSlab = 256 << 10
+
+// takeSlab returns zeroed memory. It refuses what is not there, where the
+// system would promise it and end the process later.
+func takeSlab(purpose string, bytes int64) (*slab, error) {
+	if bytes < largeSlab {
+		return heapSlab(bytes), nil
+	}
+	_, free := hostMemory()
+	if bytes > free {
+		return nil, fault.New(fault.TooLarge, "out_of_memory", "allocate %s: %d bytes wanted, %d free", purpose, bytes, free)
+	}
+	s, err := mapSlab(bytes)
+	if err != nil {
+		return nil, fault.New(fault.TooLarge, "out_of_memory", "allocate %s: %d bytes wanted, %d free: %w", purpose, bytes, free, err)
+	}
+	return s, nil
+}
+
+func heapSlab(bytes int64) *slab {
+	raw := make([]byte, bytes+alignment)
+	skip := int64(-uintptr(unsafe.Pointer(unsafe.SliceData(raw))) & (alignment - 1))
+	return &slab{bytes: raw[skip : skip+bytes : skip+bytes]}
+}
+
+// arena is one slab used as a stack.
+type arena struct {
+	slab         *slab
+	height, peak int64
+}
+
+func (d *device) NewArena(capacity int64) (kernels.Arena, error) {
+	must(capacity >= 0, "new arena", "capacity %d", capacity)
+	s, err := takeSlab("scratch", capacity)
+	if err != nil {
+		return nil, err
+	}
+	return &arena{slab: s}, nil
+}
+
+func (d *device) FreeArena(a kernels.Arena) {
+	c := a.(*arena)
+	must(c.slab != nil, "free arena", "it was freed before")
+	c.slab.free()
+	*c = arena{}
+}
+
+func (a *arena) Alloc(t kernels.DType, n int) kernels.Buffer {
+	must(n >= 0, "arena alloc", "%d elements", n)
+	bytes := kernels.Round(int64(n)*int64(t.Size()), alignment)
+	if a.height+bytes > int64(len(a.slab.bytes)) {
+		panic(&kernels.OutOfArena{Want: bytes, Height: a.height, Capacity: int64(len(a.slab.bytes))})
+	}
+	b := view(t, n, a.slab.bytes[a.height:])
+	a.height += bytes
+	a.peak = max(a.peak, a.height)
+	return b
+}
+
+func (a *arena) Mark() int64 { return a.height }
+
+func (a *arena) Release(mark int64) {
+	must(mark >= 0 && mark <= a.height, "arena release", "mark %d of a height of %d", mark, a.height)
+	a.height = mark
+}
+
+func (a *arena) Peak() int64 { return a.peak }
+
+// scratch takes n floats of an operation's own scratch from its caller's arena.
+func scratch(op string, a kernels.Arena, n int) []float32 {
+	must(a != nil, op, "Scratch is nil")
+	return a.Alloc(kernels.F32, n).(*buffer).f
+}
