@@ -2,25 +2,28 @@ package simd
 
 import "fmt"
 
-// checkGemm panics on arguments that would read or write outside the slices:
-// the assembly does not check.
-func checkGemm(transA, transB bool, m, n, k int, a []float32, lda int, b []float32, ldb int, c []float32, ldc int) {
-	if m < 0 || n < 0 || k < 0 {
-		panic(fmt.Sprintf("simd: sgemm of negative size %dx%dx%d", m, n, k))
+// check panics on arguments that would read or write outside the slices: the
+// assembly does not check.
+func (o *operands) check() {
+	if o.m < 0 || o.n < 0 || o.k < 0 {
+		panic(fmt.Sprintf("simd: sgemm of negative size %dx%dx%d", o.m, o.n, o.k))
 	}
-	if k > 0 {
-		if transA {
-			checkMatrix("a", k, m, len(a), lda)
+	if o.m == 0 || o.n == 0 {
+		return
+	}
+	if o.k > 0 {
+		if o.transA {
+			checkMatrix("a", o.k, o.m, len(o.a), o.lda)
 		} else {
-			checkMatrix("a", m, k, len(a), lda)
+			checkMatrix("a", o.m, o.k, len(o.a), o.lda)
 		}
-		if transB {
-			checkMatrix("b", n, k, len(b), ldb)
+		if o.transB {
+			checkMatrix("b", o.n, o.k, len(o.b), o.ldb)
 		} else {
-			checkMatrix("b", k, n, len(b), ldb)
+			checkMatrix("b", o.k, o.n, len(o.b), o.ldb)
 		}
 	}
-	checkMatrix("c", m, n, len(c), ldc)
+	checkMatrix("c", o.m, o.n, len(o.c), o.ldc)
 }
 
 func checkMatrix(name string, rows, cols, length, ld int) {

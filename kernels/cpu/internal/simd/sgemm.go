@@ -1,9 +1,52 @@
 package simd
 
-// Scratch holds the packing buffers of SgemmSerial. It grows as needed and may
-// be reused for any later call, by one goroutine at a time. The zero value is ready.
+import "sync"
+
+// operands are the arguments of one matrix product. op(A) is [m,k], op(B) [k,n].
+type operands struct {
+	transA, transB bool
+	m, n, k        int
+	a              []float32
+	lda            int
+	b              []float32
+	ldb            int
+	c              []float32
+	ldc            int
+	accumulate     bool
+}
+
+// Scratch holds the packing buffers of SgemmSerial. It grows as needed, to 27 MiB
+// at most, and may be reused for any later call, by one goroutine at a time. The
+// zero value is ready.
 type Scratch struct {
-	a, b []float32
+	blocked blocked
+	narrow  narrow
+	direct  direct
+}
+
+// spare keeps Scratch between calls of Sgemm, so that they make no garbage.
+var spare struct {
+	sync.Mutex
+	list []*Scratch
+}
+
+func takeScratch() *Scratch {
+	spare.Lock()
+	defer spare.Unlock()
+	if n := len(spare.list); n > 0 {
+		s := spare.list[n-1]
+		spare.list = spare.list[:n-1]
+		return s
+	}
+	return new(Scratch)
+}
+
+func giveScratch(s *Scratch) {
+	spare.Lock()
+	defer spare.Unlock()
+	if len(spare.list) < 4 {
+		spare.list = append(spare.list, s)
+	}
 }
 
 // Sgemm computes C = op(A)·op(B), or C += with accumulate. op(A) is [m,k]: A is
@@ -16,45 +59,39 @@ type Scratch struct {
 // its row of op(A), its column of op(B), k and the level: not on m, n or strides.
 func Sgemm(transA, transB bool, m, n, k int, a []float32, lda int, b []float32, ldb int,
 	c []float32, ldc int, accumulate bool, par Parallel) {
-	if m == 0 || n == 0 {
-		return
-	}
-	checkGemm(transA, transB, m, n, k, a, lda, b, ldb, c, ldc)
-	run(par, m, func(i int) {
-		sgemmGo(transA, transB, i, i+1, n, k, a, lda, b, ldb, c, ldc, accumulate)
-	})
+	s := takeScratch()
+	sgemm(operands{transA, transB, m, n, k, a, lda, b, ldb, c, ldc, accumulate}, s, par)
+	giveScratch(s)
 }
 
 // SgemmSerial is Sgemm on the calling goroutine, for use inside parallel tasks
 // and on small blocks. It gives bitwise the same result as Sgemm.
 func SgemmSerial(transA, transB bool, m, n, k int, a []float32, lda int, b []float32, ldb int,
 	c []float32, ldc int, accumulate bool, s *Scratch) {
-	if m == 0 || n == 0 {
-		return
-	}
-	checkGemm(transA, transB, m, n, k, a, lda, b, ldb, c, ldc)
-	sgemmGo(transA, transB, 0, m, n, k, a, lda, b, ldb, c, ldc, accumulate)
+	sgemm(operands{transA, transB, m, n, k, a, lda, b, ldb, c, ldc, accumulate}, s, nil)
 }
 
-func sgemmGo(transA, transB bool, from, to, n, k int, a []float32, lda int, b []float32, ldb int,
-	c []float32, ldc int, accumulate bool) {
-	for i := from; i < to; i++ {
-		for j := range n {
-			var s float32
-			if accumulate {
-				s = c[i*ldc+j]
-			}
-			for p := range k {
-				x, y := i*lda+p, p*ldb+j
-				if transA {
-					x = p*lda + i
-				}
-				if transB {
-					y = j*ldb + p
-				}
-				s += a[x] * b[y]
-			}
-			c[i*ldc+j] = s
-		}
+func sgemm(o operands, s *Scratch, par Parallel) {
+	o.check()
+	switch {
+	case o.m == 0 || o.n == 0:
+	case o.k == 0:
+		o.clear()
+	case narrowFits(&o):
+		s.narrow.run(o, par)
+	case directFits(&o):
+		s.direct.run(o)
+	default:
+		s.blocked.run(o, par)
+	}
+}
+
+// clear writes the empty sum.
+func (o *operands) clear() {
+	if o.accumulate {
+		return
+	}
+	for i := range o.m {
+		clear(o.c[i*o.ldc : i*o.ldc+o.n])
 	}
 }

@@ -1,0 +1,64 @@
+package simd
+
+// narrow is the product of few rows with a weight stored [n,k]: decoding. It
+// computes Cᵀ = B·Aᵀ, so that the large B is read once, in place, and the rows of
+// A lie in the lanes. Sums run as everywhere: in order of k, block by block.
+type narrow struct {
+	operands
+	level   Level
+	kBlocks int
+	buf     []float32 // Aᵀ, one panel per block of k
+	task    func(i int)
+}
+
+// narrowFits reports whether A's rows fit into a tile's lanes.
+func narrowFits(o *operands) bool {
+	return active != Portable && o.transB && !o.transA && o.m <= geometries[active].lanes && o.n >= 64
+}
+
+// narrowCols is how many columns of C a task computes.
+const narrowCols = 14 * 6 * 4
+
+func (w *narrow) run(o operands, par Parallel) {
+	w.operands, w.level, w.kBlocks = o, active, kBlocks(o.k)
+	if w.task == nil {
+		w.task = w.columns
+	}
+	lanes := geometries[w.level].lanes
+	w.buf = grow(w.buf, o.k*lanes)
+	for kb := range w.kBlocks {
+		from, to := kRange(o.k, w.kBlocks, kb)
+		packRows(w.level, w.buf[from*lanes:to*lanes], lanes, o.a, o.lda, 0, o.m, from, to)
+	}
+	run(par, ceilDiv(o.n, narrowCols), w.task)
+	w.operands = operands{}
+}
+
+// columns is a task: narrowCols columns of C.
+func (w *narrow) columns(task int) {
+	g := &geometries[w.level]
+	var t [maxTile]float32 // a tile of Cᵀ, a row per column of C
+	end := min(w.n, (task+1)*narrowCols)
+	for j0 := task * narrowCols; j0 < end; {
+		rows := min(g.mr, end-j0)
+		if w.accumulate {
+			for l := range w.m {
+				for i := range rows {
+					t[i*g.lanes+l] = w.c[l*w.ldc+j0+i]
+				}
+			}
+		}
+		for kb := range w.kBlocks {
+			from, to := kRange(w.k, w.kBlocks, kb)
+			a := strip{x: w.b[j0*w.ldb+from:], step: w.ldb, rows: true}
+			b := strip{x: w.buf[from*g.lanes:], step: g.lanes}
+			tile(w.level, rows, g.lanes, to-from, a, b, t[:], g.lanes, w.accumulate || kb > 0)
+		}
+		for l := range w.m {
+			for i := range rows {
+				w.c[l*w.ldc+j0+i] = t[i*g.lanes+l]
+			}
+		}
+		j0 += rows
+	}
+}

@@ -1,0 +1,75 @@
+package simd
+
+import (
+	"fmt"
+	"math/rand/v2"
+	"runtime"
+	"testing"
+)
+
+// BenchmarkSgemm times products of a 135M model's training step on all
+// processors: x·Wᵀ, dy·W and dyᵀ·x. Run with -cpu to choose the workers.
+func BenchmarkSgemm(b *testing.B) {
+	for _, s := range [][3]int{{1024, 1536, 576}, {953, 576, 1536}, {953, 3072, 576}, {448, 49152, 576}} {
+		for form, trans := range [][2]bool{{false, true}, {false, false}, {true, false}} {
+			name := fmt.Sprintf("%s/%dx%dx%d", [...]string{"NT", "NN", "TN"}[form], s[0], s[1], s[2])
+			m, n, k := s[0], s[1], s[2]
+			switch form {
+			case 1: // the gradient of x: [m,k] = [m,n]·[n,k]
+				n, k = k, n
+			case 2: // the gradient of W: [n,k] = [m,n]ᵀ·[m,k]
+				m, n, k = n, k, m
+			}
+			b.Run(name, func(b *testing.B) { benchSgemm(b, trans[0], trans[1], m, n, k, true) })
+		}
+	}
+}
+
+// BenchmarkSgemmSmall times blocks on one goroutine, as attention uses them.
+func BenchmarkSgemmSmall(b *testing.B) {
+	for form, trans := range [][2]bool{{false, true}, {false, false}, {true, false}} {
+		for _, s := range [][3]int{{64, 64, 64}, {64, 512, 64}, {64, 64, 512}} {
+			b.Run(fmt.Sprintf("%s/%dx%dx%d", [...]string{"NT", "NN", "TN"}[form], s[0], s[1], s[2]), func(b *testing.B) {
+				benchSgemm(b, trans[0], trans[1], s[0], s[1], s[2], false)
+			})
+		}
+	}
+}
+
+// BenchmarkSgemmNarrow times decoding: few rows by a weight.
+func BenchmarkSgemmNarrow(b *testing.B) {
+	for _, m := range []int{1, 7, 16, 28, 56} {
+		b.Run(fmt.Sprint(m), func(b *testing.B) { benchSgemm(b, false, true, m, 1536, 576, true) })
+	}
+}
+
+func benchSgemm(b *testing.B, transA, transB bool, m, n, k int, parallel bool) {
+	r := rand.New(rand.NewPCG(1, 2))
+	ar, ac, br, bc := m, k, k, n
+	if transA {
+		ar, ac = ac, ar
+	}
+	if transB {
+		br, bc = bc, br
+	}
+	x, y, z := matrix(r, ar, ac, ac), matrix(r, br, bc, bc), make([]float32, m*n)
+	var pool *Pool
+	var s Scratch
+	if parallel {
+		pool = NewPool(runtime.GOMAXPROCS(0))
+		defer pool.Close()
+	}
+	call := func() {
+		if parallel {
+			Sgemm(transA, transB, m, n, k, x, ac, y, bc, z, n, false, pool)
+		} else {
+			SgemmSerial(transA, transB, m, n, k, x, ac, y, bc, z, n, false, &s)
+		}
+	}
+	call()
+	b.ResetTimer()
+	for range b.N {
+		call()
+	}
+	b.ReportMetric(2*float64(m)*float64(n)*float64(k)*float64(b.N)/b.Elapsed().Seconds()/1e9, "GFLOP/s")
+}
