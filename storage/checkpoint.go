@@ -2,77 +2,191 @@ package storage
 
 import (
 	"context"
+	"crypto/sha256"
+	"encoding/hex"
+	"errors"
+	"fmt"
 	"io"
-	"time"
+	"slices"
+	"strings"
+
+	"trainerd/internal/fault"
 )
-
-// Manifest describes one whole checkpoint. It is the last object written.
-type Manifest struct {
-	Version  int            `json:"version"` // 1
-	Job      string         `json:"job"`
-	Step     int64          `json:"step"`
-	Attempt  int            `json:"attempt"`
-	Prefix   string         `json:"prefix"` // "jobs/{job}/checkpoints/{step:08d}-{attempt}"
-	Parent   *int64         `json:"parent,omitempty"`
-	Engine   string         `json:"engine"` // trainerd version that wrote it
-	Created  time.Time      `json:"created"`
-	Snapshot bool           `json:"snapshot"` // state/ is present
-	Files    []File         `json:"files"`    // sorted by name
-	Extra    map[string]any `json:"extra,omitempty"`
-}
-
-// File is one file of a checkpoint, named relative to its prefix ("hf/config.json").
-type File struct {
-	Name   string `json:"name"`
-	Size   int64  `json:"size"`
-	SHA256 string `json:"sha256"` // lower-case hex
-}
 
 // Checkpoints reads and writes the checkpoints of all jobs in one Blob.
 type Checkpoints struct{ Blob Blob }
 
-// Writer collects the files of one checkpoint under a prefix never used before.
-type Writer struct{}
-
-// Create starts a checkpoint; the attempt is the lowest one that no object uses yet.
-func (c Checkpoints) Create(ctx context.Context, job string, step int64) (*Writer, error) {
-	panic("not built yet")
-}
-
-// File streams one file; the callback writes its bytes. Digest and size are taken on the way.
-func (w *Writer) File(ctx context.Context, name string, write func(io.Writer) error) error {
-	panic("not built yet")
-}
-
-// Commit writes the manifest if absent and moves latest.json by compare-and-swap,
-// unless latest already names a newer step.
-func (w *Writer) Commit(ctx context.Context, m Manifest) (Manifest, error) { panic("not built yet") }
-
-// Abort removes what was written.
-func (w *Writer) Abort(ctx context.Context) error { panic("not built yet") }
-
 // Latest returns the manifest that latest.json names; ErrNotFound when there is none.
+// Where latest.json is missing, damaged or names a checkpoint that is gone, it
+// is the newest whole checkpoint of List: a crash between manifest and
+// latest.json loses nothing.
 func (c Checkpoints) Latest(ctx context.Context, job string) (Manifest, error) {
-	panic("not built yet")
+	if err := CheckJob(job); err != nil {
+		return Manifest{}, err
+	}
+	at, _, err := c.readLatest(ctx, job)
+	if err == nil {
+		var m Manifest
+		var data []byte
+		if m, data, err = c.manifest(ctx, job, at.Step, at.Attempt); err == nil {
+			if digest := hexSHA256(data); digest != at.SHA256 {
+				return Manifest{}, fault.New(fault.Internal, "corrupt_manifest",
+					"read %s/%s: sha256 is %s, latest.json says %s", at.Prefix, manifestName, digest, at.SHA256)
+			}
+			return m, nil
+		}
+	}
+	if !errors.Is(err, ErrNotFound) && !errors.Is(err, errBadLatest) {
+		return Manifest{}, fmt.Errorf("read latest checkpoint of job %s: %w", job, err)
+	}
+	return c.newestWhole(ctx, job)
+}
+
+// newestWhole is the last manifest of List; damaged ones count only when no other is there.
+func (c Checkpoints) newestWhole(ctx context.Context, job string) (Manifest, error) {
+	all, err := c.List(ctx, job)
+	if len(all) > 0 {
+		return all[len(all)-1], nil
+	}
+	if err != nil {
+		return Manifest{}, err
+	}
+	return Manifest{}, fault.New(fault.NotFound, "no_checkpoint", "find checkpoint of job %s: %w", job, ErrNotFound)
 }
 
 // At returns the newest whole checkpoint of a step.
 func (c Checkpoints) At(ctx context.Context, job string, step int64) (Manifest, error) {
-	panic("not built yet")
+	if err := CheckJob(job); err != nil {
+		return Manifest{}, err
+	}
+	if step < 0 {
+		return Manifest{}, fault.BadField("step", step, "0 or more")
+	}
+	all, err := c.manifestsUnder(ctx, job, stepPrefix(job, step))
+	if err != nil {
+		return Manifest{}, err
+	}
+	if len(all) == 0 {
+		return Manifest{}, fault.New(fault.NotFound, "no_checkpoint", "find checkpoint %d of job %s: %w", step, job, ErrNotFound)
+	}
+	return all[len(all)-1], nil
 }
 
-// List returns all whole checkpoints of a job by step.
+// List returns all whole checkpoints of a job by step, then attempt. Manifests
+// that cannot be read do not hide the others: both may be returned, a list
+// without the damaged ones and an error that names each of them.
 func (c Checkpoints) List(ctx context.Context, job string) ([]Manifest, error) {
-	panic("not built yet")
+	if err := CheckJob(job); err != nil {
+		return nil, err
+	}
+	return c.manifestsUnder(ctx, job, checkpointsOf(job))
+}
+
+func (c Checkpoints) manifestsUnder(ctx context.Context, job, prefix string) ([]Manifest, error) {
+	type id struct {
+		step    int64
+		attempt int
+	}
+	var found []id
+	err := c.Blob.List(ctx, prefix, func(o Info) error {
+		name, ok := strings.CutSuffix(strings.TrimPrefix(o.Key, checkpointsOf(job)), "/"+manifestName)
+		if !ok {
+			return nil
+		}
+		if step, attempt, ok := parsePrefix(name); ok {
+			found = append(found, id{step, attempt})
+		}
+		return nil
+	})
+	if err != nil {
+		return nil, fmt.Errorf("list checkpoints of job %s: %w", job, err)
+	}
+	var all []Manifest
+	var damaged []error
+	for _, f := range found {
+		m, _, err := c.manifest(ctx, job, f.step, f.attempt)
+		switch {
+		case err == nil:
+			all = append(all, m)
+		case ctx.Err() != nil:
+			return nil, err
+		case !errors.Is(err, ErrNotFound): // gone since the listing: retention was faster
+			damaged = append(damaged, err)
+		}
+	}
+	slices.SortFunc(all, func(a, b Manifest) int {
+		if a.newer(b.Step, b.Attempt) {
+			return 1
+		}
+		return -1
+	})
+	return all, errors.Join(damaged...)
+}
+
+// manifest reads the manifest of one prefix and checks that it is of that prefix.
+func (c Checkpoints) manifest(ctx context.Context, job string, step int64, attempt int) (Manifest, []byte, error) {
+	key := prefixOf(job, step, attempt) + "/" + manifestName
+	data, _, err := readSmall(ctx, c.Blob, key, MaxManifest)
+	if err != nil {
+		return Manifest{}, nil, err
+	}
+	m, err := DecodeManifest(data)
+	if err != nil {
+		return Manifest{}, nil, fault.New(fault.Internal, "corrupt_manifest", "read %s: %w", key, err)
+	}
+	if m.Job != job || m.Step != step || m.Attempt != attempt {
+		return Manifest{}, nil, fault.New(fault.Internal, "corrupt_manifest", "read %s: it is the manifest of %s", key, m.Prefix)
+	}
+	return m, data, nil
 }
 
 // Open reads n bytes of a checkpoint's file from off (n < 0: to the end).
+// The digest is of the whole file, so that it is not verified here; the size is.
 func (c Checkpoints) Open(ctx context.Context, m Manifest, name string, off, n int64) (io.ReadCloser, error) {
-	panic("not built yet")
+	if err := m.Validate(); err != nil {
+		return nil, err
+	}
+	f, ok := m.File(name)
+	if !ok {
+		return nil, fault.New(fault.NotFound, "no_such_file", "open file %.200q of checkpoint %s: %w", name, m.Prefix, ErrNotFound)
+	}
+	if _, err := CheckRange(name, f.Size, off, n); err != nil {
+		return nil, err
+	}
+	r, info, err := c.Blob.Get(ctx, m.Prefix+"/"+name, off, n)
+	if err != nil {
+		return nil, fmt.Errorf("open checkpoint file: %w", err)
+	}
+	if info.Size != f.Size {
+		r.Close()
+		return nil, corruptFile(m, name, fmt.Sprintf("size is %d, manifest says %d", info.Size, f.Size))
+	}
+	return r, nil
 }
 
-// Pull copies the files of a checkpoint whose name has the given prefix ("hf/"
-// is stripped) into dir, verifies every digest, and swaps dir in atomically.
-func (c Checkpoints) Pull(ctx context.Context, m Manifest, prefix, dir string) error {
-	panic("not built yet")
+func corruptFile(m Manifest, name, why string) error {
+	return &fault.Error{Kind: fault.Internal, Code: "corrupt_file",
+		Msg: fmt.Sprintf("read file %q of checkpoint %s: %s", name, m.Prefix, why)}
+}
+
+// readSmall reads a whole object of at most limit bytes together with the ETag it had.
+func readSmall(ctx context.Context, b Blob, key string, limit int64) ([]byte, Info, error) {
+	r, info, err := b.Get(ctx, key, 0, -1)
+	if err != nil {
+		return nil, Info{}, err
+	}
+	defer r.Close()
+	if info.Size > limit {
+		return nil, info, fault.New(fault.TooLarge, "object_too_large", "read %s: got %d bytes, expected at most %d", key, info.Size, limit)
+	}
+	data, err := io.ReadAll(io.LimitReader(r, limit+1))
+	if err != nil {
+		return nil, Info{}, fmt.Errorf("read %s: %w", key, err)
+	}
+	return data, info, nil
+}
+
+func hexSHA256(data []byte) string {
+	sum := sha256.Sum256(data)
+	return hex.EncodeToString(sum[:])
 }
