@@ -2,20 +2,39 @@ package model
 
 import (
 	"context"
-	"io"
+	"errors"
+	"fmt"
+	"math"
+	"strings"
 
+	"gorgonia.org/tensor"
+
+	"trainerd/internal/fault"
 	"trainerd/kernels"
 )
 
 // Options say what a model will be used for; memory is planned from them.
 type Options struct {
-	Train          bool // gradients and optimizer state
-	Reference      bool // a frozen copy of the weights for a KL term
-	MaxTokens      int  // most tokens of a micro-batch
-	MaxPredictions int  // most predictions of a micro-batch; 0: MaxTokens
-	SampleSlots    int  // most sequences decoded at once; 0: no sampling
-	SampleTokens   int  // most cache rows of one sampling call: prompts plus slots*max new tokens
+	Train          bool      // gradients and optimizer state
+	Reference      bool      // a frozen copy of the weights for a KL term
+	MaxTokens      int       // most tokens of a micro-batch
+	MaxPredictions int       // predictions that go through the LM head at once; 0: MaxTokens
+	SampleSlots    int       // most sequences decoded at once; 0: no sampling
+	SampleTokens   int       // most cache rows of one sampling call: prompts plus slots*max new tokens
+	Recompute      Recompute // what the backward pass computes again
 }
+
+// Recompute trades arithmetic for activation memory.
+type Recompute uint8
+
+const (
+	// RecomputeCheap computes norm and SwiGLU outputs again and keeps the rest
+	// of each layer: they cost one pass over memory, which reading them back would too.
+	RecomputeCheap Recompute = iota
+	// RecomputeLayers keeps each layer's input only and runs its forward pass
+	// again: about a third more arithmetic, activations independent of depth but for T*d.
+	RecomputeLayers
+)
 
 // Weights selects which weights a forward pass uses.
 type Weights uint8
@@ -26,98 +45,249 @@ const (
 )
 
 // Model is a policy on a device. It is used by one goroutine at a time.
-type Model struct{}
+type Model struct {
+	dev   kernels.Device
+	cfg   Config
+	opt   Options
+	lay   *layout
+	plan  kernels.Plan
+	dtype string // stored type of the source
 
-// Plan returns the exact memory that Load with the same arguments will take,
-// without allocating any of it.
-func Plan(dev kernels.Device, cfg Config, opt Options) (kernels.Plan, error) { panic("not built yet") }
+	policy, ref, grad *params        // ref and grad may be nil
+	rem               kernels.Buffer // I16, low halves of the masters; nil when weights are F32
+	m, v              kernels.Buffer // F32 moments
+	cache             kernels.Buffer // [Layers, SampleTokens, 2*KV*hd]
+	sumsq, coef       kernels.Buffer // F32[1]
+	arena             kernels.Arena
+
+	owned  []kernels.Buffer // what Close frees
+	steps  int64
+	fresh  bool  // the next ForwardBackward overwrites the gradients
+	broken error // a half-loaded state: every later call returns it
+}
 
 // Load puts a source's weights on the device. It plans first: a model that does
 // not fit is a TooLarge fault that carries the plan and what would make it fit.
+// Nothing is read from the source before that but its config and shapes.
 func Load(ctx context.Context, dev kernels.Device, src Source, opt Options) (*Model, error) {
-	panic("not built yet")
+	cfg := src.Config()
+	plan, arena, err := planned(dev, cfg, opt)
+	if err != nil {
+		return nil, err
+	}
+	if !plan.Fits() {
+		return nil, tooLarge(dev, cfg, opt, plan)
+	}
+	m, err := allocate(dev, cfg, opt)
+	if err != nil {
+		return nil, err
+	}
+	m.plan, m.dtype = plan, src.DType()
+	if err := m.fill(ctx, src, arena); err != nil {
+		return nil, errors.Join(err, m.Close())
+	}
+	return m, nil
 }
 
-// NewRandom returns a Source of freshly initialised weights (normal with
-// cfg.InitStd, norms 1, biases 0), a pure function of config and seed.
-func NewRandom(cfg Config, seed uint64) (Source, error) { panic("not built yet") }
-
-func (m *Model) Config() Config         { panic("not built yet") }
-func (m *Model) Device() kernels.Device { panic("not built yet") }
-func (m *Model) Plan() kernels.Plan     { panic("not built yet") }
-
-// Close frees the model's device memory.
-func (m *Model) Close() error { panic("not built yet") }
-
-// Score computes log-probs and entropies of a batch's predictions; no gradients.
-func (m *Model) Score(b *Batch, w Weights, temperature float32) (Scores, error) {
-	panic("not built yet")
+// allocate takes all of a model's memory but the arena. On an error nothing stays allocated.
+func allocate(dev kernels.Device, cfg Config, opt Options) (_ *Model, err error) {
+	info := dev.Info()
+	m := &Model{dev: dev, cfg: cfg, opt: opt, fresh: true}
+	m.lay = newLayout(cfg, max(1, info.Alignment/info.Compute.Size()))
+	defer func() {
+		if err != nil {
+			m.free()
+		}
+	}()
+	take := func(purpose string, t kernels.DType, n int) kernels.Buffer {
+		if err != nil {
+			return nil
+		}
+		var b kernels.Buffer
+		if b, err = dev.Alloc(purpose, t, n); err != nil {
+			err = fmt.Errorf("allocate %s: %w", purpose, err)
+			return nil
+		}
+		m.owned = append(m.owned, b)
+		return b
+	}
+	flat := func(purpose string, t kernels.DType) *params {
+		if b := take(purpose, t, m.lay.size); b != nil {
+			return m.lay.view(b)
+		}
+		return nil
+	}
+	m.policy = flat("weights", info.Compute)
+	if opt.Train {
+		if info.Compute != kernels.F32 {
+			m.rem = take("weights", kernels.I16, m.lay.size)
+		}
+		m.grad = flat("gradients", info.GradType)
+		m.m = take("optimizer", kernels.F32, m.lay.size)
+		m.v = take("optimizer", kernels.F32, m.lay.size)
+		m.sumsq = take("optimizer", kernels.F32, 1)
+		m.coef = take("optimizer", kernels.F32, 1)
+	}
+	if opt.Reference {
+		m.ref = flat("reference", info.Compute)
+	}
+	if opt.SampleSlots > 0 {
+		m.cache = take("cache", info.Compute, cfg.Layers*opt.SampleTokens*2*cfg.KVHeads*cfg.HeadDim)
+	}
+	if err != nil {
+		return nil, err
+	}
+	return m, nil
 }
 
-// ForwardBackward adds the gradient of the loss over one micro-batch. The first
-// call after OptimStep or ZeroGrad overwrites, later ones accumulate.
-func (m *Model) ForwardBackward(b *Batch, l Loss) (Scores, error) { panic("not built yet") }
-
-// ZeroGrad makes the next ForwardBackward overwrite; an OptimStep straight after it sees a zero gradient.
-func (m *Model) ZeroGrad() { panic("not built yet") }
-
-// AdamW are the optimizer's settings of one step.
-type AdamW struct {
-	LR, Beta1, Beta2, Eps float64
-	WeightDecay           float64 // decoupled; not applied to norms and biases
-	MaxGradNorm           float64 // 0: no clipping
+// fill reads the weights, clears the state and takes the arena.
+func (m *Model) fill(ctx context.Context, src Source, arena int64) error {
+	if err := m.checkTensors(src); err != nil {
+		return err
+	}
+	var err error
+	if m.arena, err = m.dev.NewArena(arena); err != nil {
+		return fmt.Errorf("allocate scratch: %w", err)
+	}
+	// Padding between blocks is zero for ever: it adds nothing to norms, and
+	// AdamW leaves a zero weight with a zero gradient at zero.
+	for _, b := range []*params{m.policy, m.grad} {
+		if b != nil {
+			m.dev.Zero(b.flat)
+		}
+	}
+	for _, b := range []kernels.Buffer{m.rem, m.m, m.v} {
+		if b != nil {
+			m.dev.Zero(b)
+		}
+	}
+	for _, t := range m.lay.tensors {
+		if err := ctx.Err(); err != nil {
+			return fmt.Errorf("load weights: %w", err)
+		}
+		host := tensor.New(tensor.WithShape(t.shape...), tensor.WithBacking(make([]float32, t.n)))
+		if err := src.Read(t.name, host); err != nil {
+			return fmt.Errorf("load weights: %w", err)
+		}
+		values := host.Float32s()
+		for i, x := range values {
+			if math.IsNaN(float64(x)) || math.IsInf(float64(x), 0) {
+				return fault.New(fault.Invalid, "invalid_tensor", "tensor %q: element %d is %v, expected finite weights", t.name, i, x)
+			}
+		}
+		m.putMaster(t.off, values)
+	}
+	if m.ref != nil {
+		m.dev.Copy(m.ref.flat, m.policy.flat)
+	}
+	if err := m.dev.Sync(); err != nil {
+		return fmt.Errorf("load weights: %w", err)
+	}
+	return nil
 }
 
-// StepResult is what OptimStep measured.
-type StepResult struct {
-	GradNorm float64 // global norm before clipping
+// checkTensors compares a source's tensors with what the config needs, by name
+// and shape, before any of them is read.
+func (m *Model) checkTensors(src Source) error {
+	var bad []fault.Field
+	add := func(name string, got any, expected string) {
+		bad = append(bad, fault.Field{Name: name, Row: -1, Got: fmt.Sprint(got), Expected: expected})
+	}
+	for _, t := range m.lay.tensors {
+		shape, ok := src.Shape(t.name)
+		switch {
+		case !ok:
+			add(t.name, "no such tensor", fmt.Sprintf("shape %v", t.shape))
+		case fmt.Sprint(shape) != fmt.Sprint(t.shape):
+			add(t.name, fmt.Sprintf("shape %v", shape), fmt.Sprintf("%v", t.shape))
+		}
+	}
+	for _, name := range src.Names() {
+		if _, ok := m.lay.index[name]; ok || ignorable(name) {
+			continue
+		}
+		add(name, "a tensor", fmt.Sprintf("none of this name in a %s of %d layers", m.cfg.Type, m.cfg.Layers))
+	}
+	if len(bad) == 0 {
+		return nil
+	}
+	if more := len(bad) - 8; more > 0 {
+		bad = append(bad[:8], fault.Field{Name: fmt.Sprintf("%d more tensors", more), Row: -1})
+	}
+	return &fault.Error{Kind: fault.Invalid, Code: "invalid_tensor", Msg: "weights do not match the config", Fields: bad}
 }
 
-// OptimStep applies one AdamW step with the accumulated gradient and clears it.
-// A gradient that is not finite changes nothing and is an Invalid fault that
-// names the first tensor at fault.
-func (m *Model) OptimStep(o AdamW) (StepResult, error) { panic("not built yet") }
+// ignorable are tensors that some files carry and that follow from the config:
+// RoPE's frequencies, and the head of a tied model (one that is untied needs it,
+// and has it in its layout).
+func ignorable(name string) bool {
+	return name == "lm_head.weight" || strings.HasSuffix(name, "rotary_emb.inv_freq")
+}
+
+// Config returns the model's architecture.
+func (m *Model) Config() Config { return m.cfg }
+
+// Device returns the device that the model lives on.
+func (m *Model) Device() kernels.Device { return m.dev }
+
+// Plan returns the memory that the model takes.
+func (m *Model) Plan() kernels.Plan { return m.plan }
+
+// ScratchPeak returns the greatest use of scratch memory so far, in bytes.
+func (m *Model) ScratchPeak() int64 { return m.arena.Peak() }
 
 // Steps returns how many optimizer steps the moments have seen.
-func (m *Model) Steps() int64 { panic("not built yet") }
+func (m *Model) Steps() int64 { return m.steps }
+
+// Close frees the model's device memory. Closing twice is harmless.
+func (m *Model) Close() error {
+	if m.owned == nil {
+		return nil
+	}
+	err := m.dev.Sync()
+	m.free()
+	m.broken = fault.New(fault.Unavailable, "model_closed", "the model is closed")
+	return err
+}
+
+func (m *Model) free() {
+	for _, b := range m.owned {
+		m.dev.Free(b)
+	}
+	m.owned = nil
+	if m.arena != nil {
+		m.dev.FreeArena(m.arena)
+		m.arena = nil
+	}
+}
+
+// weights returns the parameters that a forward pass uses.
+func (m *Model) weights(w Weights) (*params, error) {
+	if m.broken != nil {
+		return nil, m.broken
+	}
+	if w == Policy {
+		return m.policy, nil
+	}
+	if m.ref == nil {
+		return nil, fault.New(fault.Invalid, "no_reference", "the model was loaded without reference weights")
+	}
+	return m.ref, nil
+}
 
 // SyncReference sets reference = (1-alpha)*reference + alpha*policy.
-func (m *Model) SyncReference(alpha float32) error { panic("not built yet") }
-
-// Export returns the policy's weights as a Source, reading from the device.
-// It is valid until the next OptimStep.
-func (m *Model) Export() Source { panic("not built yet") }
-
-// Gradient returns the accumulated gradients as a Source (for tests and inspection).
-func (m *Model) Gradient() Source { panic("not built yet") }
-
-// SaveState writes optimizer moments, step count and, with a reference, its
-// weights: all that Load does not restore. LoadState reads it back; the pair is bitwise.
-func (m *Model) SaveState(w io.Writer) error { panic("not built yet") }
-func (m *Model) LoadState(r io.Reader) error { panic("not built yet") }
-
-// GenerateRequest asks for N completions of each prompt.
-type GenerateRequest struct {
-	Prompts     [][]int32
-	N           int
-	MaxTokens   int // most new tokens of a completion
-	Temperature float32
-	TopP        float32
-	Seed        uint64  // the completions are a pure function of weights, request and seed
-	Stop        []int32 // ids that end a completion; nil: the config's EOS
-}
-
-// Completion is one sampled continuation. LogProbs are of the full tempered
-// softmax, before top-p, one per token.
-type Completion struct {
-	Prompt   int // index in GenerateRequest.Prompts
-	Tokens   []int32
-	LogProbs []float32
-	Stopped  bool // ended by a stop id (which is its last token), not by MaxTokens
-}
-
-// Generate decodes all completions together; those of one prompt share its
-// cache. Completion j of prompt i is element i*N+j, whatever the batching.
-func (m *Model) Generate(ctx context.Context, r GenerateRequest) ([]Completion, error) {
-	panic("not built yet")
+func (m *Model) SyncReference(alpha float32) error {
+	ref, err := m.weights(Reference)
+	if err != nil {
+		return err
+	}
+	if !(alpha >= 0 && alpha <= 1) {
+		return fault.BadField("sync_alpha", alpha, "0 to 1")
+	}
+	if alpha == 1 {
+		m.dev.Copy(ref.flat, m.policy.flat)
+	} else {
+		m.dev.Lerp(ref.flat, m.policy.flat, alpha)
+	}
+	return m.dev.Sync()
 }

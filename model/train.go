@@ -1,0 +1,140 @@
+package model
+
+import (
+	"fmt"
+
+	"trainerd/internal/fault"
+	"trainerd/kernels"
+)
+
+// check validates a batch for this model.
+func (m *Model) check(b *Batch) error {
+	if err := b.Validate(m.cfg); err != nil {
+		return err
+	}
+	if len(b.Tokens) > m.opt.MaxTokens {
+		return fault.New(fault.TooLarge, "batch_too_large", "micro-batch of %d tokens, expected at most %d (max_tokens_per_micro_batch)", len(b.Tokens), m.opt.MaxTokens)
+	}
+	return nil
+}
+
+// Score computes log-probs and entropies of a batch's predictions; no gradients.
+func (m *Model) Score(b *Batch, w Weights, temperature float32) (Scores, error) {
+	weights, err := m.weights(w)
+	if err != nil {
+		return Scores{}, err
+	}
+	if err := m.check(b); err != nil {
+		return Scores{}, err
+	}
+	if err := checkTemperature(temperature); err != nil {
+		return Scores{}, err
+	}
+	mark := m.arena.Mark()
+	defer m.arena.Release(mark)
+	p := m.newPass(weights, b.Positions, false)
+	p.packed(b.deviceSegments())
+	p.forward(b.Tokens)
+	return m.scoreRows(p, b, temperature)
+}
+
+// scoreRows runs the head forward over all of a batch's predictions.
+func (m *Model) scoreRows(p *pass, b *Batch, temperature float32) (Scores, error) {
+	out := newScores(len(b.Rows))
+	err := m.eachChunk(len(b.Rows), func(from, to int) error {
+		h := p.newHead(b.Rows[from:to], b.Targets[from:to], temperature)
+		m.dev.LogProb(h.head)
+		return h.scores(m, out.part(from, to))
+	})
+	return out, err
+}
+
+// ForwardBackward adds the gradient of the loss over one micro-batch. The first
+// call after OptimStep or ZeroGrad overwrites, later ones accumulate.
+//
+// With Loss.Coefficients the head runs twice (all log-probs before any
+// gradient); otherwise once.
+func (m *Model) ForwardBackward(b *Batch, l Loss) (Scores, error) {
+	weights, err := m.weights(Policy)
+	if err != nil {
+		return Scores{}, err
+	}
+	if m.grad == nil {
+		return Scores{}, fault.New(fault.Invalid, "no_training", "the model was loaded without gradients")
+	}
+	if err := m.check(b); err != nil {
+		return Scores{}, err
+	}
+	n := len(b.Rows)
+	if err := l.validate(n); err != nil {
+		return Scores{}, err
+	}
+	mark := m.arena.Mark()
+	defer m.arena.Release(mark)
+	p := m.newPass(weights, b.Positions, true)
+	layout := p.packed(b.deviceSegments())
+	p.forward(b.Tokens)
+
+	var dLogProb, dEntropy []float32
+	if l.Coefficients != nil {
+		s, err := m.scoreRows(p, b, l.Temperature)
+		if err != nil {
+			return Scores{}, err
+		}
+		dLogProb, dEntropy = l.Coefficients(s)
+		if len(dLogProb) != n || (dEntropy != nil && len(dEntropy) != n) {
+			return Scores{}, badBatch("loss.coefficients", -1, fmt.Sprintf("%d and %d elements", len(dLogProb), len(dEntropy)), fmt.Sprintf("%d, one per prediction", n))
+		}
+	}
+	accumulate := !m.fresh
+	dx := m.act(p.t * m.cfg.Hidden)
+	m.dev.Zero(dx)
+	out := newScores(n)
+	err = m.eachChunk(n, func(from, to int) error {
+		h := p.newHead(b.Rows[from:to], b.Targets[from:to], l.Temperature)
+		g := kernels.HeadGrad{DW: m.grad.head, Accumulate: accumulate || from > 0}
+		if l.Coefficients != nil {
+			g.DLogProb, g.DEntropy = m.putF32(part(dLogProb, from, to)), m.putF32(part(dEntropy, from, to))
+		} else {
+			g.Surrogate = &l.Surrogate
+			g.Tokens = kernels.SurrogateTokens{
+				Old: m.putF32(part(l.Old, from, to)), Adv: m.putF32(part(l.Adv, from, to)),
+				Ref:    m.putF32(part(l.Ref, from, to)),
+				Weight: m.putF32(part(l.Weight, from, to)), TIS: m.putF32(part(l.TIS, from, to)),
+			}
+		}
+		m.headBackward(h, g, dx)
+		return h.scores(m, out.part(from, to))
+	})
+	if err != nil {
+		return Scores{}, err
+	}
+
+	p.backward(dx, layout, m.grad, accumulate)
+	// A tied embedding already holds the head's gradient, a fresh one nothing.
+	if !m.cfg.Tied && !accumulate {
+		m.dev.Zero(m.grad.embed)
+	}
+	m.dev.ScatterAdd(m.grad.embed, dx, m.dev.Scatter(m.arena, bucket(b.Tokens)), m.cfg.Hidden, true)
+	if err := m.dev.Sync(); err != nil {
+		return Scores{}, fmt.Errorf("forward and backward pass: %w", err)
+	}
+	m.fresh = false
+	return out, nil
+}
+
+// headBackward runs the head forward and backward and adds the gradient of its
+// rows' hidden states to dx [T,d].
+func (m *Model) headBackward(h *headPass, g kernels.HeadGrad, dx kernels.Buffer) {
+	d := m.cfg.Hidden
+	g.DHidden = m.act(h.n * d)
+	m.dev.LogProbBackward(h.head, g)
+	// The normed rows are not needed any more: their buffer takes the gradient.
+	drows := h.hidden
+	m.dev.RMSNormBackward(kernels.NormBackward{DX: drows, DW: m.grad.norm, DY: g.DHidden, X: h.sum, W: m.policy.norm, Rstd: h.rstd,
+		T: h.n, D: d, Accumulate: g.Accumulate})
+	m.dev.ScatterAdd(dx, drows, m.dev.Scatter(m.arena, bucket(h.rows)), d, true)
+}
+
+// ZeroGrad makes the next ForwardBackward overwrite; an OptimStep straight after it sees a zero gradient.
+func (m *Model) ZeroGrad() { m.fresh = true }
