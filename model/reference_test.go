@@ -30,7 +30,7 @@ func newRefModel(t *testing.T, src model.Source) *refModel {
 	return r
 }
 
-func readTensor(t *testing.T, src model.Source, name string) []float32 {
+func readTensor(t testing.TB, src model.Source, name string) []float32 {
 	t.Helper()
 	shape, ok := src.Shape(name)
 	if !ok {
