@@ -1,1 +1,26 @@
+// Package trainer is a job's life: it creates jobs, takes rollouts into a
+// durable queue, runs optimizer steps as soon as enough groups are complete,
+// and publishes checkpoints.
+//
+// It does no arithmetic (packages model and sagrpo do) and speaks no HTTP
+// (package server does). Every exported method may be called from many
+// goroutines; every error that a caller can mend is a fault with a kind.
+//
+// # Who runs what
+//
+// One goroutine owns the device and runs one piece of work at a time: an
+// optimizer step, a publication, a sampling or a scoring request. Each job has
+// two lanes in its queue, one for training and one for requests, served in
+// turn, so that neither a busy job nor a flood of requests starves the rest.
+// Each job has one goroutine that decides what its next piece of training is.
+//
+// # What is durable
+//
+// A batch is accepted once its bytes are fsynced to the job's spool; groups,
+// batch records and idempotency keys are functions of the spool and are rebuilt
+// from it. A step record says which groups a step consumed. After a restart a
+// job loads its newest snapshot (or its base model), feeds the spool to a new
+// assembler, replays the recorded steps after the snapshot, and goes on.
+//
+// Read spec.go (the job document), then manager.go, job.go, and train.go.
 package trainer

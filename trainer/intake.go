@@ -1,0 +1,288 @@
+package trainer
+
+import (
+	"bytes"
+	"context"
+	"crypto/sha256"
+	"encoding/hex"
+	"encoding/json"
+	"fmt"
+	"math"
+	"strconv"
+	"time"
+
+	"trainerd/internal/fault"
+	"trainerd/rollout"
+	"trainerd/rollout/arrowio"
+	"trainerd/rollout/spool"
+)
+
+// Kinds of spool records.
+const (
+	recordRollouts = "rollouts" // Body is the Arrow stream as received, Meta a rolloutMeta
+	recordExpire   = "expire"   // Meta is an expireMeta
+)
+
+// rolloutMeta is what a spool record says besides the body.
+type rolloutMeta struct {
+	Digest     string    `json:"digest"` // SHA-256 of the body
+	Received   time.Time `json:"received"`
+	PolicyStep int64     `json:"policy_step"` // as answered
+	Step       int64     `json:"step"`
+}
+
+// expireMeta is a settling of groups that did not fill in time.
+type expireMeta struct {
+	Now time.Time `json:"now"`
+}
+
+// Receipt is the answer to an accepted batch.
+type Receipt struct {
+	Job             JobID  `json:"job"`
+	Batch           uint64 `json:"id"`
+	Rows            int    `json:"rows"`       // that entered the queue
+	Duplicates      int    `json:"duplicates"` // rows that were there before
+	GroupsCompleted int    `json:"groups_completed"`
+	GroupsOpen      int    `json:"groups_open"` // groups of the batch that wait for rows
+	PolicyStep      int64  `json:"policy_step"`
+	Step            int64  `json:"step"`
+}
+
+// accepted remembers what an idempotency key was used for.
+type accepted struct {
+	digest  string
+	receipt Receipt
+}
+
+// Submit accepts a batch: once it returns, the body is on disk. The same key and
+// body again answers the same receipt. A refused batch is refused whole.
+func (j *Job) Submit(ctx context.Context, body []byte, key string) (Receipt, error) {
+	sum := sha256.Sum256(body)
+	digest := hex.EncodeToString(sum[:])
+	if r, known, err := j.acceptedBefore(key, digest); known || err != nil {
+		return r, err
+	}
+	schema, limits, err := j.admission("accept rollouts")
+	if err != nil {
+		return Receipt{}, err
+	}
+	batch, err := j.decodeBatch(ctx, body, schema, limits)
+	if err != nil {
+		return Receipt{}, err
+	}
+	batch.Received = time.Now().UTC()
+
+	j.intake.Lock()
+	defer j.intake.Unlock()
+	if r, known, err := j.acceptedBefore(key, digest); known || err != nil {
+		return r, err
+	}
+	meta, err := j.check(batch, digest)
+	if err != nil {
+		return Receipt{}, err
+	}
+	raw, err := json.Marshal(meta)
+	if err != nil {
+		return Receipt{}, err
+	}
+	seq, err := j.spool.Append(spool.Record{Kind: recordRollouts, Key: key, Meta: raw, Body: body})
+	if err != nil {
+		return Receipt{}, &fault.Error{Kind: fault.Unavailable, Code: "spool_unavailable", Msg: "write the batch to disk", RetryAfter: 5 * time.Second, Err: err}
+	}
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	r, err := j.enter(seq, batch, key, meta)
+	if err != nil { // Check said yes and intake was held: a defect, and the log is ahead of memory
+		return Receipt{}, fault.New(fault.Internal, "assembler", "enter accepted batch %d: %w", seq, err)
+	}
+	j.poke()
+	return r, nil
+}
+
+// acceptedBefore looks an idempotency key up.
+func (j *Job) acceptedBefore(key, digest string) (Receipt, bool, error) {
+	if key == "" {
+		return Receipt{}, false, nil
+	}
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	a, ok := j.keys[key]
+	if !ok {
+		return Receipt{}, false, nil
+	}
+	if a.digest != digest {
+		return Receipt{}, true, keyReused(key)
+	}
+	return a.receipt, true, nil
+}
+
+// admission says what a batch of this job looks like, or why none is taken now.
+func (j *Job) admission(doing string) (rollout.Schema, rollout.Limits, error) {
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	if j.state.Final() || j.rec.Model.Vocab == 0 || !j.fed {
+		return rollout.Schema{}, rollout.Limits{}, j.wrongState(doing)
+	}
+	return j.schema(), j.limits(), nil
+}
+
+func (j *Job) schema() rollout.Schema {
+	o := j.spec.Objective
+	return rollout.Schema{Objective: o.Name, RewardWeights: o.RewardWeights, SamplerLogProbs: o.NeedsSamplerLogProbs()}
+}
+
+// limits are those of one body. Called with mu held.
+func (j *Job) limits() rollout.Limits {
+	l, longest := j.m.limits, j.maxSequence()
+	return rollout.Limits{
+		MaxBytes: l.MaxBatchBytes, MaxRows: l.MaxBatchRows, MaxTokens: l.MaxBatchTokens,
+		MaxPromptTokens: longest, MaxCompletionTokens: longest, MaxSequence: longest, Vocab: j.rec.Model.Vocab,
+	}
+}
+
+// decodeBatch decodes a body, waiting for one of the decoders.
+func (j *Job) decodeBatch(ctx context.Context, body []byte, s rollout.Schema, l rollout.Limits) (*rollout.Batch, error) {
+	select {
+	case j.m.decode <- struct{}{}:
+	case <-ctx.Done():
+		return nil, ctx.Err()
+	}
+	defer func() { <-j.m.decode }()
+	return arrowio.Decode(bytes.NewReader(body), s, l)
+}
+
+// check says whether a decoded batch may enter the queue now. Called with intake held.
+func (j *Job) check(b *rollout.Batch, digest string) (rolloutMeta, error) {
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	if j.state.Final() {
+		return rolloutMeta{}, j.wrongState("accept rollouts")
+	}
+	if err := b.CheckPolicySteps(j.rec.Step); err != nil {
+		return rolloutMeta{}, err
+	}
+	if err := j.asm.Check(b); err != nil {
+		return rolloutMeta{}, err
+	}
+	if err := j.room(b); err != nil {
+		return rolloutMeta{}, err
+	}
+	return rolloutMeta{Digest: digest, Received: b.Received, PolicyStep: j.policyStep(), Step: j.rec.Step}, nil
+}
+
+// room refuses a batch that the queue has no room for now. Called with mu held.
+func (j *Job) room(b *rollout.Batch) error {
+	d, l := j.asm.Depth(), j.m.limits
+	rows, tokens := len(b.Rollouts), b.Tokens()
+	if rows > l.MaxQueuedRollouts || tokens > l.MaxQueuedTokens {
+		return &fault.Error{Kind: fault.TooLarge, Code: "batch_too_large", Msg: "the batch alone is over the queue's limit", Fields: []fault.Field{
+			{Name: "body", Row: -1, Got: fmt.Sprintf("%d rows, %d tokens", rows, tokens), Expected: fmt.Sprintf("at most %d rows and %d tokens", l.MaxQueuedRollouts, l.MaxQueuedTokens)}}}
+	}
+	if d.Rollouts+rows <= l.MaxQueuedRollouts && d.Tokens+tokens <= l.MaxQueuedTokens {
+		return nil
+	}
+	wait := min(max(j.stepTime, time.Second), time.Minute)
+	return &fault.Error{Kind: fault.Busy, Code: "queue_full", RetryAfter: wait,
+		Msg: fmt.Sprintf("the queue holds %d rollouts and %d tokens of at most %d and %d", d.Rollouts, d.Tokens, l.MaxQueuedRollouts, l.MaxQueuedTokens)}
+}
+
+// enter adds a batch that is in the spool. Called with mu held.
+func (j *Job) enter(seq uint64, b *rollout.Batch, key string, meta rolloutMeta) (Receipt, error) {
+	res, err := j.asm.Add(seq, b)
+	if err != nil {
+		return Receipt{}, err
+	}
+	r := Receipt{Job: j.ID, Batch: seq, Rows: res.Rows, Duplicates: res.Duplicates, GroupsCompleted: res.GroupsCompleted,
+		GroupsOpen: res.GroupsOpen, PolicyStep: meta.PolicyStep, Step: meta.Step}
+	if key != "" {
+		j.keys[key] = accepted{digest: meta.Digest, receipt: r}
+	}
+	return r, nil
+}
+
+// apply enters a spool record again after a restart. Called with mu held.
+func (j *Job) apply(r spool.Record) error {
+	switch r.Kind {
+	case recordRollouts:
+		var meta rolloutMeta
+		if err := json.Unmarshal(r.Meta, &meta); err != nil {
+			return fmt.Errorf("read meta of spool record %d: %w", r.Seq, err)
+		}
+		// It was accepted under the limits of its day.
+		l := rollout.Limits{MaxBytes: math.MaxInt32, MaxRows: math.MaxInt32, MaxTokens: math.MaxInt32, MaxPromptTokens: math.MaxInt32,
+			MaxCompletionTokens: math.MaxInt32, Vocab: j.rec.Model.Vocab}
+		b, err := arrowio.Decode(bytes.NewReader(r.Body), j.schema(), l)
+		if err != nil {
+			return fmt.Errorf("read spool record %d: %w", r.Seq, err)
+		}
+		b.Received = meta.Received
+		_, err = j.enter(r.Seq, b, r.Key, meta)
+		return err
+	case recordExpire:
+		var meta expireMeta
+		if err := json.Unmarshal(r.Meta, &meta); err != nil {
+			return fmt.Errorf("read meta of spool record %d: %w", r.Seq, err)
+		}
+		j.asm.Expire(meta.Now)
+		return nil
+	}
+	return fault.New(fault.Invalid, "spool_kind", "read spool record %d: kind %q, expected %s or %s", r.Seq, r.Kind, recordRollouts, recordExpire)
+}
+
+// expire settles groups that did not fill in time: first in the spool, so that
+// a replay settles the same ones, then in memory.
+func (j *Job) expire() error {
+	j.intake.Lock()
+	defer j.intake.Unlock()
+	now := time.Now().UTC()
+	raw, err := json.Marshal(expireMeta{Now: now})
+	if err != nil {
+		return err
+	}
+	if _, err := j.spool.Append(spool.Record{Kind: recordExpire, Meta: raw}); err != nil {
+		return &fault.Error{Kind: fault.Unavailable, Code: "spool_unavailable", Msg: "record expired groups", Err: err}
+	}
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	j.asm.Expire(now)
+	return nil
+}
+
+// GroupStatus says where one group of a batch is.
+type GroupStatus struct {
+	ID     string `json:"id"`
+	Rows   int    `json:"rows"`
+	Status string `json:"status"`           // open, queued, training, trained or refused
+	Step   *int64 `json:"step,omitempty"`   // of trained: the optimizer step that finished with it
+	Reason string `json:"reason,omitempty"` // of refused, and of groups that were settled incomplete
+}
+
+// BatchStatus says where the groups of a batch are.
+type BatchStatus struct {
+	Job    JobID         `json:"job"`
+	Batch  uint64        `json:"id"`
+	Groups []GroupStatus `json:"groups"` // in the order of the batch's rows
+}
+
+// Batch says where each group of an accepted batch is.
+func (j *Job) Batch(seq uint64) (BatchStatus, error) {
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	groups, ok := j.asm.Batch(seq)
+	if !ok {
+		return BatchStatus{}, &fault.Error{Kind: fault.NotFound, Code: "batch_not_found", Msg: "no such batch",
+			Fields: []fault.Field{{Name: "batch", Row: -1, Got: strconv.FormatUint(seq, 10), Expected: "the id of an accepted batch of this job"}}}
+	}
+	b := BatchStatus{Job: j.ID, Batch: seq, Groups: make([]GroupStatus, 0, len(groups))}
+	for _, g := range groups {
+		s := GroupStatus{ID: g.ID, Rows: g.Rows, Status: g.State.Status.String(), Reason: g.State.Reason}
+		switch g.State.Status {
+		case rollout.Trained:
+			s.Step = &g.State.Step
+		case rollout.Dropped:
+			s.Status = "refused"
+		}
+		b.Groups = append(b.Groups, s)
+	}
+	return b, nil
+}

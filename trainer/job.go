@@ -1,0 +1,380 @@
+package trainer
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"path/filepath"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"trainerd/internal/fault"
+	"trainerd/kernels"
+	"trainerd/model"
+	"trainerd/rollout"
+	"trainerd/rollout/spool"
+	"trainerd/sagrpo"
+	"trainerd/storage"
+)
+
+// Job is one policy in training. Its lock order is intake, then mu.
+type Job struct {
+	ID      JobID
+	created time.Time
+	spec    Spec
+	m       *Manager
+	spool   *spool.Log
+	events  *eventRing
+	wake    chan struct{}      // one token: something changed for the job's goroutine
+	kill    context.CancelFunc // cuts running work short
+	ended   chan struct{}      // closed when the job's goroutine has ended
+
+	// intake serialises what is written to the spool, so that the spool's order
+	// is the assembler's order.
+	intake sync.Mutex
+
+	mu        sync.Mutex // guards what follows
+	rec       jobRecord
+	state     State
+	asm       *rollout.Assembler
+	keys      map[string]accepted // by Idempotency-Key
+	fed       bool                // the assembler has all that the spool has
+	training  *consumption        // nil between steps on different groups
+	flush     bool                // train what is complete although it is less than a step wants
+	latest    *storage.Manifest   // newest published checkpoint
+	snapshot  int64               // step of the newest snapshot, 0 for the base model
+	published chan struct{}       // closed and replaced when latest moves
+	plan      *kernels.Plan
+	stepTime  time.Duration // of the newest step
+	samples   uint64        // sampling requests so far, for their default seeds
+	counts    jobCounts
+
+	loaded atomic.Bool // model is not nil
+
+	// device state: touched by device work only
+	model   *model.Model
+	engine  *sagrpo.Engine
+	weights int64      // steps that the weights on the device have seen
+	base    *baseModel // for what published checkpoints carry along
+}
+
+// consumption is a set of groups in training.
+type consumption struct {
+	groups  []rollout.Group
+	ids     []string
+	batches []uint64            // that completed them
+	first   int64               // number of its first step
+	logSeq  uint64              // newest spool record when they were taken
+	run     *sagrpo.Consumption // nil until its first step; device state
+}
+
+// newJob opens a job's spool and makes a job that does not run yet.
+func (m *Manager) newJob(rec jobRecord) (*Job, error) {
+	log, err := spool.Open(filepath.Join(m.jobDir(rec.ID), "spool"), m.limits.SegmentBytes)
+	if err != nil {
+		return nil, fmt.Errorf("open spool of job %s: %w", rec.ID, err)
+	}
+	j := &Job{
+		ID: rec.ID, created: rec.Created, spec: rec.Spec, m: m, spool: log, rec: rec, state: rec.State,
+		events: newEventRing(m.limits.EventRing), wake: make(chan struct{}, 1), ended: make(chan struct{}),
+		keys: map[string]accepted{}, published: make(chan struct{}),
+	}
+	if !rec.State.Final() {
+		j.state = Loading
+	}
+	s := &rec.Spec
+	j.asm = rollout.NewAssembler(rollout.AssemblerOptions{
+		GroupSize: s.Objective.GroupSize, Objective: s.Objective.Name, MaxPolicyLag: s.Batch.MaxPolicyLag,
+		RequirePolicyStep: s.Batch.MissingStep == "refuse", Incomplete: s.Batch.IncompleteWhat, GroupTimeout: s.Batch.Timeout(),
+	})
+	return j, nil
+}
+
+// poke tells the job's goroutine to look again.
+func (j *Job) poke() {
+	select {
+	case j.wake <- struct{}{}:
+	default:
+	}
+}
+
+// State returns where the job is in its life.
+func (j *Job) State() State {
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	return j.state
+}
+
+// setState moves the job to a state, tells readers of events, and writes the
+// record when the state outlives a restart. Called with mu held.
+func (j *Job) setState(s State) {
+	if j.state == s {
+		return
+	}
+	j.state = s
+	j.rec.State = s
+	j.events.publish("state", j.stateEvent())
+}
+
+type stateEvent struct {
+	State      State      `json:"state"`
+	Step       int64      `json:"step"`
+	PolicyStep int64      `json:"policy_step"`
+	LastError  *LastError `json:"last_error"`
+}
+
+func (j *Job) stateEvent() stateEvent {
+	return stateEvent{State: j.state, Step: j.rec.Step, PolicyStep: j.policyStep(), LastError: j.rec.LastError}
+}
+
+// policyStep is the newest published step, -1 before the first. Called with mu held.
+func (j *Job) policyStep() int64 {
+	if j.latest == nil {
+		return -1
+	}
+	return j.latest.Step
+}
+
+// wrongState is the refusal of a call that the job's state does not allow.
+// A state that will pass is Unavailable, a final one Conflict.
+func (j *Job) wrongState(doing string) error {
+	if j.state.Final() {
+		return &fault.Error{Kind: fault.Conflict, Code: "job_" + string(j.state), Msg: fmt.Sprintf("%s: the job is %s", doing, j.state),
+			Fields: []fault.Field{{Name: "job", Row: -1, Got: string(j.state), Expected: "a job that is not finished, failed or cancelled"}}}
+	}
+	return &fault.Error{Kind: fault.Unavailable, Code: "job_" + string(j.state), Msg: fmt.Sprintf("%s: the job is %s", doing, j.state), RetryAfter: time.Second}
+}
+
+// Pause stops the job from starting another step; one under way is finished.
+func (j *Job) Pause() error { return j.pause(true) }
+
+// Resume lets a paused job go on.
+func (j *Job) Resume() error { return j.pause(false) }
+
+func (j *Job) pause(on bool) error {
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	if j.state.Final() {
+		return j.wrongState("pause or resume")
+	}
+	if j.rec.Paused == on {
+		return nil
+	}
+	j.rec.Paused = on
+	switch {
+	case on && j.state != Loading:
+		j.setState(Paused)
+	case !on && j.state == Paused:
+		j.setState(Waiting)
+	}
+	if err := j.m.db.putJob(j.rec, nil); err != nil {
+		return fault.New(fault.Unavailable, "records_unavailable", "record the pause: %w", err)
+	}
+	j.poke()
+	return nil
+}
+
+// Flush asks for a step on the complete groups although they are fewer than
+// groups_per_step, and returns how many there are.
+func (j *Job) Flush() (groups int, err error) {
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	if j.state.Final() {
+		return 0, j.wrongState("flush")
+	}
+	n := j.asm.Ready()
+	if n > 0 {
+		j.flush = true
+		j.poke()
+	}
+	return n, nil
+}
+
+// Cancel ends an active job: a step under way is cut short, what is queued is
+// refused under a named reason, and the device memory is freed. On a final job
+// it frees the memory that the job still holds and changes nothing else.
+func (j *Job) Cancel(ctx context.Context) error {
+	j.intake.Lock() // no batch is accepted into a job that is being cancelled
+	j.mu.Lock()
+	if !j.state.Final() {
+		if err := j.end(Cancelled, nil); err != nil {
+			j.mu.Unlock()
+			j.intake.Unlock()
+			return err
+		}
+	}
+	j.mu.Unlock()
+	j.intake.Unlock()
+	j.kill()
+	select {
+	case <-j.ended:
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+	j.unload(ctx)
+	return nil
+}
+
+// end moves the job to a final state and refuses what is queued under a reason
+// named after it. Called with intake and mu held.
+func (j *Job) end(s State, cause error) error {
+	rec := j.rec
+	rec.State = s
+	if cause != nil {
+		rec.LastError = lastError(cause)
+	}
+	if err := j.m.db.putJob(rec, nil); err != nil && s != Failed {
+		return fault.New(fault.Unavailable, "records_unavailable", "record the end: %w", err)
+	}
+	j.rec = rec
+	j.dropQueue("job_" + string(s))
+	j.setState(s)
+	return nil
+}
+
+// dropQueue refuses every live group under a reason. Called with mu held.
+func (j *Job) dropQueue(reason string) {
+	var ids []string
+	seen := map[string]bool{}
+	for seq := uint64(1); seq <= j.spool.Last(); seq++ {
+		groups, _ := j.asm.Batch(seq)
+		for _, g := range groups {
+			live := g.State.Status == rollout.Open || g.State.Status == rollout.Ready || g.State.Status == rollout.Taken
+			if live && !seen[g.ID] {
+				seen[g.ID] = true
+				ids = append(ids, g.ID)
+			}
+		}
+	}
+	if err := j.asm.Mark(ids, rollout.State{Status: rollout.Dropped, Reason: reason}); err != nil {
+		j.m.log.Error("refuse the queue of an ended job", "job", j.ID, "err", err)
+	}
+}
+
+// fail ends the job because of an error of its own.
+func (j *Job) fail(cause error) {
+	j.m.log.Error("job failed", "job", j.ID, "err", cause)
+	j.intake.Lock()
+	defer j.intake.Unlock()
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	if !j.state.Final() {
+		j.end(Failed, cause)
+	}
+}
+
+// note records an error that the job survives.
+func (j *Job) note(err error) {
+	j.m.log.Warn("job goes on after an error", "job", j.ID, "err", err)
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	j.rec.LastError = lastError(err)
+	j.events.publish("state", j.stateEvent())
+}
+
+// unload frees the job's device memory. It may be called again.
+func (j *Job) unload(ctx context.Context) {
+	err := j.m.exec.Do(context.WithoutCancel(ctx), lane{j.ID, laneTrain}, func() error {
+		defer j.loaded.Store(false)
+		j.engine = nil
+		if j.model == nil {
+			return nil
+		}
+		mod := j.model
+		j.model = nil
+		return mod.Close()
+	})
+	if err != nil && !errors.Is(err, errClosed) {
+		j.m.log.Error("free a model", "job", j.ID, "err", err)
+	}
+}
+
+// Queue is what waits in a job.
+type Queue struct {
+	Rollouts       int   `json:"rollouts"`
+	Tokens         int64 `json:"tokens"` // each prompt once
+	GroupsComplete int   `json:"groups_complete"`
+	GroupsOpen     int   `json:"groups_open"`
+}
+
+// Counts are a job's totals.
+type Counts struct {
+	Batches           int64            `json:"batches"`
+	Rollouts          int64            `json:"rollouts"`
+	Duplicates        int64            `json:"duplicates"`
+	MissingPolicyStep int64            `json:"missing_policy_step"`
+	GroupsTrained     int64            `json:"groups_trained"`
+	GroupsIncomplete  int64            `json:"groups_incomplete"`
+	GroupsRefused     map[string]int64 `json:"groups_refused"` // by reason
+}
+
+// jobCounts are totals since the start of the process, for /metrics.
+type jobCounts struct {
+	Steps, Published, SampledTokens, ScoredTokens, TrainedTokens int64
+	StepSeconds, PublishSeconds                                  float64
+	PublishedBytes                                               int64
+}
+
+// Architecture is what a worker must know of a job's model.
+type Architecture struct {
+	Type         string  `json:"type"`
+	Vocab        int     `json:"vocab"`
+	MaxPositions int     `json:"max_positions"`
+	MaxSequence  int     `json:"max_sequence"` // longest prompt + completion that a rollout may have
+	BOS          int32   `json:"bos"`          // -1: none
+	EOS          []int32 `json:"eos"`
+	DType        string  `json:"dtype"` // of published weights
+}
+
+// Status is a job as the API shows it.
+type Status struct {
+	ID JobID `json:"id"`
+	Spec
+	Created      time.Time     `json:"created"`
+	Source       string        `json:"resolved_source"`
+	State        State         `json:"state"`
+	Step         int64         `json:"step"`
+	PolicyStep   int64         `json:"policy_step"` // -1 before the first checkpoint
+	Queue        Queue         `json:"queue"`
+	Counts       Counts        `json:"counts"`
+	Architecture *Architecture `json:"architecture"` // null until the source was read
+	MemoryPlan   *kernels.Plan `json:"memory_plan"`  // null until the model is loaded
+	LastError    *LastError    `json:"last_error"`
+}
+
+// Status returns a consistent picture of the job.
+func (j *Job) Status() Status {
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	d, c := j.asm.Depth(), j.asm.Counters()
+	s := Status{
+		ID: j.ID, Spec: j.spec, Created: j.created, Source: j.rec.Source, State: j.state, Step: j.rec.Step, PolicyStep: j.policyStep(),
+		Queue: Queue{Rollouts: d.Rollouts, Tokens: d.Tokens, GroupsComplete: d.GroupsComplete, GroupsOpen: d.GroupsOpen},
+		Counts: Counts{Batches: int64(j.spool.Last()), Rollouts: c.Rollouts, Duplicates: c.Duplicates, MissingPolicyStep: c.MissingPolicyStep,
+			GroupsTrained: c.GroupsTrained, GroupsIncomplete: c.GroupsIncomplete, GroupsRefused: c.GroupsDropped},
+		MemoryPlan: j.plan, LastError: j.rec.LastError,
+	}
+	if cfg := j.rec.Model; cfg.Vocab > 0 {
+		s.Architecture = &Architecture{Type: cfg.Type, Vocab: cfg.Vocab, MaxPositions: cfg.MaxPositions, MaxSequence: j.maxSequence(),
+			BOS: cfg.BOS, EOS: cfg.EOS, DType: j.rec.DType}
+	}
+	return s
+}
+
+// maxSequence is the longest prompt + completion that the model and the
+// micro-batch have room for. Called with mu held.
+func (j *Job) maxSequence() int {
+	return min(j.rec.Model.MaxPositions, int(j.spec.Batch.MaxTokens))
+}
+
+// Steps returns up to limit step records after the given step, oldest first.
+func (j *Job) Steps(after int64, limit int) ([]StepRecord, error) {
+	return j.m.db.steps(j.ID, after, limit)
+}
+
+// Events calls f for the job's events after an id until ctx ends or the server
+// stops; after 0 means from now on. See eventRing.read.
+func (j *Job) Events(ctx context.Context, after uint64, f func(Event) error) error {
+	return j.events.read(ctx, after, f)
+}

@@ -1,0 +1,277 @@
+package trainer
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"path"
+	"path/filepath"
+	"strings"
+	"time"
+
+	"trainerd/internal/fault"
+	"trainerd/kernels"
+	"trainerd/model"
+	"trainerd/model/hf"
+	"trainerd/storage"
+)
+
+// baseModel is a job's initial weights: where they are, and the directory once it is open.
+type baseModel struct {
+	source string                                      // as recorded: "latest" resolved to a step
+	path   string                                      // the Hugging Face directory
+	pull   func(ctx context.Context, dir string) error // brings it to path; nil when it is there already
+
+	dir        *hf.Dir
+	configJSON []byte
+	carried    map[string][]byte
+	dtype      string // of published weights
+}
+
+// resolve finds out what a source means, without reading weights.
+func (m *Manager) resolve(ctx context.Context, id JobID, source string) (*baseModel, error) {
+	b := &baseModel{source: source, path: filepath.Join(m.jobDir(id), "base")}
+	switch {
+	case strings.HasPrefix(source, schemeDir):
+		abs, err := filepath.Abs(strings.TrimPrefix(source, schemeDir))
+		if err != nil {
+			return nil, fault.BadField("model.source", source, "a path")
+		}
+		b.path = abs
+		b.source = schemeDir + abs
+		return b, nil
+	case strings.HasPrefix(source, schemeJob):
+		ref, ok := parseJobSource(source)
+		if !ok {
+			return nil, fault.BadField("model.source", source, "job:ID@STEP")
+		}
+		man, err := m.checkpointOf(ctx, ref)
+		if err != nil {
+			return nil, err
+		}
+		b.source = fmt.Sprintf("%s%s@%d", schemeJob, ref.Job, man.Step)
+		b.pull = func(ctx context.Context, dir string) error { return m.ckpts.Pull(ctx, man, "hf/", dir) }
+	default:
+		if m.opts.OpenStore == nil {
+			return nil, fault.BadField("model.source", source, "dir:PATH or job:ID@STEP: this server was started without access to S3")
+		}
+		b.pull = func(ctx context.Context, dir string) error { return m.pullStore(ctx, source, dir) }
+	}
+	if _, err := os.Stat(filepath.Join(b.path, "config.json")); err == nil {
+		b.pull = nil // a restart: it was pulled whole before
+	}
+	return b, nil
+}
+
+// checkpointOf finds the checkpoint that a job: source names.
+func (m *Manager) checkpointOf(ctx context.Context, ref jobSource) (storage.Manifest, error) {
+	var man storage.Manifest
+	var err error
+	if ref.Step < 0 {
+		man, err = m.ckpts.Latest(ctx, string(ref.Job))
+	} else {
+		man, err = m.ckpts.At(ctx, string(ref.Job), ref.Step)
+	}
+	if errors.Is(err, storage.ErrNotFound) {
+		return man, fault.BadField("model.source", fmt.Sprintf("job %s without such a checkpoint", ref.Job), "a published checkpoint")
+	}
+	return man, storeFault("look up the source checkpoint", err)
+}
+
+// storeFault gives an error of the checkpoint store its kind, unless it has one.
+func storeFault(doing string, err error) error {
+	if err == nil {
+		return nil
+	}
+	if _, ok := fault.As(err); ok || errors.Is(err, context.Canceled) {
+		return fmt.Errorf("%s: %w", doing, err)
+	}
+	if errors.Is(err, storage.ErrNotFound) {
+		return fault.New(fault.NotFound, "checkpoint_not_found", "%s: %w", doing, err)
+	}
+	return &fault.Error{Kind: fault.Unavailable, Code: "store_unavailable", Msg: doing, RetryAfter: 5 * time.Second, Err: err}
+}
+
+// pullStore copies the files directly under an s3:// prefix into dir, which
+// appears whole or not at all.
+func (m *Manager) pullStore(ctx context.Context, source, dir string) error {
+	blob, err := m.opts.OpenStore(ctx, source)
+	if err != nil {
+		return storeFault("open "+source, err)
+	}
+	tmp := dir + ".partial"
+	if err := os.RemoveAll(tmp); err != nil {
+		return err
+	}
+	if err := os.MkdirAll(tmp, 0o750); err != nil {
+		return err
+	}
+	var names []string
+	err = blob.List(ctx, "", func(i storage.Info) error {
+		if !strings.Contains(i.Key, "/") {
+			names = append(names, i.Key)
+		}
+		return nil
+	})
+	if err != nil {
+		return storeFault("list "+source, err)
+	}
+	if len(names) == 0 {
+		return fault.BadField("model.source", source, "a prefix with config.json and *.safetensors directly under it")
+	}
+	for _, name := range names {
+		if err := copyObject(ctx, blob, name, filepath.Join(tmp, path.Base(name))); err != nil {
+			return storeFault("copy "+name+" of "+source, err)
+		}
+	}
+	return os.Rename(tmp, dir)
+}
+
+func copyObject(ctx context.Context, blob storage.Blob, key, to string) error {
+	r, _, err := blob.Get(ctx, key, 0, -1)
+	if err != nil {
+		return err
+	}
+	defer r.Close()
+	f, err := os.Create(to)
+	if err != nil {
+		return err
+	}
+	if _, err := io.Copy(f, r); err != nil {
+		f.Close()
+		return err
+	}
+	if err := f.Sync(); err != nil {
+		f.Close()
+		return err
+	}
+	return f.Close()
+}
+
+// open reads config and headers of the directory. Faults name the file.
+func (b *baseModel) open(spec *Spec) error {
+	dir, err := hf.Open(b.path)
+	if err != nil {
+		if _, ok := fault.As(err); ok {
+			return fmt.Errorf("open model.source: %w", err)
+		}
+		return &fault.Error{Kind: fault.Invalid, Code: "invalid_model", Err: err,
+			Fields: []fault.Field{{Name: "model.source", Row: -1, Got: b.source, Expected: "a readable Hugging Face directory"}}}
+	}
+	b.dir = dir
+	if b.configJSON, err = os.ReadFile(filepath.Join(b.path, "config.json")); err == nil {
+		b.carried, err = dir.Carried()
+	}
+	if err != nil {
+		return fault.New(fault.Invalid, "invalid_model", "read model directory: %w", err)
+	}
+	b.dtype = spec.Checkpoint.DType
+	if b.dtype == "source" {
+		b.dtype = dir.DType()
+	}
+	return nil
+}
+
+func (b *baseModel) config() model.Config { return b.dir.Config() }
+
+func (b *baseModel) close() {
+	if b != nil && b.dir != nil {
+		b.dir.Close()
+		b.dir = nil
+	}
+}
+
+// modelOptions says what memory a job needs besides its weights.
+func (s *Spec) modelOptions() model.Options {
+	o := model.Options{
+		Train: true, Reference: s.Objective.NeedsReference(), MaxTokens: int(s.Batch.MaxTokens),
+		SampleSlots: int(s.Sampling.MaxSequences), SampleTokens: int(s.Sampling.MaxTokens),
+	}
+	if s.Batch.Recompute == "layers" {
+		o.Recompute = model.RecomputeLayers
+	}
+	return o
+}
+
+// fit makes sure that the device has room for a job and reserves it until the
+// job is loaded. Finished jobs give theirs up, oldest first, before a job is refused.
+func (m *Manager) fit(ctx context.Context, id JobID, spec *Spec, base *baseModel) error {
+	for {
+		var plan kernels.Plan
+		err := m.exec.Do(ctx, lane{id, laneTrain}, func() (err error) {
+			plan, err = model.Plan(m.opts.Device, base.config(), spec.modelOptions())
+			return err
+		})
+		if err != nil {
+			return fmt.Errorf("plan memory: %w", err)
+		}
+		m.mu.Lock()
+		for other, bytes := range m.reserved {
+			if other != id {
+				plan.Free -= bytes
+			}
+		}
+		if plan.Fits() {
+			m.reserved[id] = plan.Total
+			m.mu.Unlock()
+			return nil
+		}
+		m.mu.Unlock()
+		if !m.evictFinished(ctx) {
+			return m.refuse(ctx, id, spec, base, plan)
+		}
+	}
+}
+
+// release gives a reservation back.
+func (m *Manager) release(id JobID) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	delete(m.reserved, id)
+}
+
+// evictFinished frees the model of the oldest finished job that holds one.
+func (m *Manager) evictFinished(ctx context.Context) bool {
+	for _, j := range m.Jobs() {
+		if j.State() == Finished && j.loaded.Load() {
+			m.log.Info("model of a finished job freed for a new one", "job", j.ID)
+			j.unload(ctx)
+			return true
+		}
+	}
+	return false
+}
+
+// refuse explains with the plan why a job does not fit, and names what would.
+func (m *Manager) refuse(ctx context.Context, id JobID, spec *Spec, base *baseModel, plan kernels.Plan) error {
+	expected := fmt.Sprintf("a smaller model: %d bytes are free", plan.Free)
+	try := *spec
+	fits := func() bool {
+		var p kernels.Plan
+		err := m.exec.Do(ctx, lane{id, laneTrain}, func() (err error) {
+			p, err = model.Plan(m.opts.Device, base.config(), try.modelOptions())
+			return err
+		})
+		return err == nil && p.Total <= plan.Free
+	}
+	e := &fault.Error{Kind: fault.Invalid, Code: "does_not_fit", Msg: "the job does not fit on the device (" + plan.String() + ")"}
+	for try.Batch.MaxTokens > 64 {
+		try.Batch.MaxTokens /= 2
+		if fits() {
+			e.Fields = append(e.Fields, fault.Field{Name: "batch.max_tokens_per_micro_batch", Row: -1,
+				Got: fmt.Sprint(spec.Batch.MaxTokens), Expected: fmt.Sprintf("at most %d", try.Batch.MaxTokens)})
+			return e
+		}
+	}
+	try.Sampling.MaxSequences, try.Sampling.MaxTokens = 0, 0
+	if fits() {
+		e.Fields = append(e.Fields,
+			fault.Field{Name: "batch.max_tokens_per_micro_batch", Row: -1, Got: fmt.Sprint(spec.Batch.MaxTokens), Expected: fmt.Sprintf("at most %d", try.Batch.MaxTokens)},
+			fault.Field{Name: "sampling.max_sequences", Row: -1, Got: fmt.Sprint(spec.Sampling.MaxSequences), Expected: "0"})
+		return e
+	}
+	e.Fields = append(e.Fields, fault.Field{Name: "model.source", Row: -1, Got: fmt.Sprintf("a plan of %d bytes", plan.Total), Expected: expected})
+	return e
+}

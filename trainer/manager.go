@@ -1,0 +1,334 @@
+package trainer
+
+import (
+	"context"
+	"crypto/sha256"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync"
+	"time"
+
+	"trainerd/internal/fault"
+	"trainerd/kernels"
+	"trainerd/storage"
+)
+
+// Limits bound what one server takes. Zero values mean the defaults.
+type Limits struct {
+	MaxBatchBytes     int64 // of an Arrow body, and of its decompressed buffers; default 64 MiB
+	MaxBatchRows      int   // default 65536
+	MaxBatchTokens    int64 // prompts counted per row; default 16 Mi
+	MaxQueuedRollouts int   // of a job; default 262144
+	MaxQueuedTokens   int64 // of a job, each prompt once; default 256 Mi
+	MaxJobs           int   // that are not final; default 64
+	MaxSampleRows     int   // completions of one sampling request; default 4096
+	Decoders          int   // Arrow bodies decoded at once; default 4
+	EventRing         int   // events kept of a job; default 1024
+	SegmentBytes      int64 // of a spool; default 64 MiB
+}
+
+func (l Limits) withDefaults() Limits {
+	def := func(v *int, d int) {
+		if *v <= 0 {
+			*v = d
+		}
+	}
+	def64 := func(v *int64, d int64) {
+		if *v <= 0 {
+			*v = d
+		}
+	}
+	def64(&l.MaxBatchBytes, 64<<20)
+	def(&l.MaxBatchRows, 1<<16)
+	def64(&l.MaxBatchTokens, 16<<20)
+	def(&l.MaxQueuedRollouts, 1<<18)
+	def64(&l.MaxQueuedTokens, 256<<20)
+	def(&l.MaxJobs, 64)
+	def(&l.MaxSampleRows, 4096)
+	def(&l.Decoders, 4)
+	def(&l.EventRing, 1024)
+	def64(&l.SegmentBytes, 64<<20)
+	return l
+}
+
+// Options are what a Manager is made of. Device, DataDir and Store are required.
+type Options struct {
+	Device  kernels.Device // used by the manager alone until Close returned; the caller closes it
+	DataDir string         // database, spools and pulled base models
+	Store   storage.Blob   // checkpoints
+	// OpenStore opens the store of an s3:// model source, rooted at the source's
+	// prefix. nil: such sources are refused.
+	OpenStore func(ctx context.Context, url string) (storage.Blob, error)
+	Logger    *slog.Logger // nil: none
+	Version   string       // of trainerd, written to manifests
+	Limits    Limits
+}
+
+// Manager owns a device, its jobs and their records.
+type Manager struct {
+	opts   Options
+	limits Limits
+	log    *slog.Logger
+	db     *records
+	exec   *executor
+	ckpts  storage.Checkpoints
+	decode chan struct{} // one token for each Arrow body being decoded
+
+	creating sync.Mutex // serialises Create
+
+	mu       sync.Mutex
+	jobs     map[JobID]*Job
+	reserved map[JobID]int64 // bytes promised to jobs that are about to load
+	closing  bool
+	closed   chan struct{}  // closed when Close begins
+	running  sync.WaitGroup // goroutines of jobs
+	kill     context.CancelFunc
+	life     context.Context // of the jobs' goroutines; ended by kill
+}
+
+// NewManager opens the records below DataDir and starts the jobs found there.
+func NewManager(o Options) (*Manager, error) {
+	if o.Logger == nil {
+		o.Logger = slog.New(slog.DiscardHandler)
+	}
+	if err := os.MkdirAll(filepath.Join(o.DataDir, "jobs"), 0o750); err != nil {
+		return nil, fmt.Errorf("make data directory: %w", err)
+	}
+	db, err := openRecords(filepath.Join(o.DataDir, "trainerd.db"))
+	if err != nil {
+		return nil, err
+	}
+	found, err := db.jobs()
+	if err != nil {
+		db.close()
+		return nil, err
+	}
+	limits := o.Limits.withDefaults()
+	m := &Manager{
+		opts: o, limits: limits, log: o.Logger, db: db, exec: newExecutor(),
+		ckpts: storage.Checkpoints{Blob: o.Store}, decode: make(chan struct{}, limits.Decoders),
+		jobs: map[JobID]*Job{}, reserved: map[JobID]int64{}, closed: make(chan struct{}),
+	}
+	m.life, m.kill = context.WithCancel(context.Background())
+	slices.SortFunc(found, func(a, b jobRecord) int { return a.Created.Compare(b.Created) })
+	for _, rec := range found {
+		j, err := m.newJob(rec)
+		if err != nil {
+			m.kill()
+			m.exec.Close()
+			db.close()
+			return nil, err
+		}
+		m.jobs[rec.ID] = j
+	}
+	for _, j := range m.jobs {
+		m.start(j, nil, true)
+	}
+	return m, nil
+}
+
+// start runs a job's goroutine. base is its opened source, nil to open it again.
+func (m *Manager) start(j *Job, base *baseModel, restored bool) {
+	m.running.Add(1)
+	ctx, cancel := context.WithCancel(m.life)
+	j.kill = cancel
+	go func() {
+		defer m.running.Done()
+		defer cancel()
+		j.run(ctx, base, restored)
+	}()
+}
+
+// jobDir is where a job's spool and base model lie.
+func (m *Manager) jobDir(id JobID) string { return filepath.Join(m.opts.DataDir, "jobs", string(id)) }
+
+// Create makes a job of a document and starts it. With an idempotency key the
+// same body answers the job that it made before (created is false); another
+// body is refused. A job that cannot fit is refused before anything is kept.
+func (m *Manager) Create(ctx context.Context, body []byte, key string) (job *Job, created bool, err error) {
+	m.creating.Lock()
+	defer m.creating.Unlock()
+	sum := sha256.Sum256(body)
+	digest := hex.EncodeToString(sum[:])
+	if key != "" {
+		if job, err := m.createdBefore(key, digest); job != nil || err != nil {
+			return job, false, err
+		}
+	}
+	spec, err := ParseSpec(body)
+	if err != nil {
+		return nil, false, err
+	}
+	if err := m.admitJob(); err != nil {
+		return nil, false, err
+	}
+	rec := jobRecord{ID: newJobID(), Created: time.Now().UTC(), Spec: spec, State: Loading}
+	base, err := m.resolve(ctx, rec.ID, spec.Model.Source)
+	if err != nil {
+		return nil, false, err
+	}
+	rec.Source = base.source
+	kept := false
+	defer func() {
+		if !kept {
+			base.close()
+			m.release(rec.ID)
+			os.RemoveAll(m.jobDir(rec.ID))
+		}
+	}()
+	if base.pull == nil { // it is here: what is wrong with it is said now
+		if err := base.open(&spec); err != nil {
+			return nil, false, err
+		}
+		if err := m.fit(ctx, rec.ID, &spec, base); err != nil {
+			return nil, false, err
+		}
+		rec.Model, rec.DType = base.config(), base.dtype
+	}
+	job, err = m.newJob(rec)
+	if err != nil {
+		return nil, false, err
+	}
+	job.fed = true // its spool is empty
+	if err := m.db.createJob(rec, key, digest); err != nil {
+		job.spool.Close()
+		return nil, false, fault.New(fault.Unavailable, "records_unavailable", "record the job: %w", err)
+	}
+	m.mu.Lock()
+	if m.closing {
+		m.mu.Unlock()
+		kept = true // it is recorded: the next start runs it
+		return nil, false, errClosed
+	}
+	m.jobs[rec.ID] = job
+	m.start(job, base, false)
+	m.mu.Unlock()
+	kept = true
+	m.log.Info("job created", "job", rec.ID, "name", spec.Name, "source", rec.Source, "objective", spec.Objective.Name)
+	return job, true, nil
+}
+
+// createdBefore looks an idempotency key up; nil, nil for a new one.
+func (m *Manager) createdBefore(key, digest string) (*Job, error) {
+	rec, ok, err := m.db.idempotent(key)
+	if err != nil || !ok {
+		return nil, err
+	}
+	if rec.Digest != digest {
+		return nil, keyReused(key)
+	}
+	return m.Job(rec.Job)
+}
+
+func keyReused(key string) error {
+	return &fault.Error{Kind: fault.Invalid, Code: "idempotency_key_reused", Msg: "the key was used with another body",
+		Fields: []fault.Field{{Name: "Idempotency-Key", Row: -1, Got: clip(key), Expected: "a new key for a new body"}}}
+}
+
+// admitJob refuses a job over the limit of jobs that are not final.
+func (m *Manager) admitJob() error {
+	active := 0
+	for _, j := range m.Jobs() {
+		if !j.State().Final() {
+			active++
+		}
+	}
+	if active >= m.limits.MaxJobs {
+		return &fault.Error{Kind: fault.Busy, Code: "too_many_jobs", RetryAfter: time.Minute,
+			Msg: fmt.Sprintf("%d jobs are active, which is the limit", active)}
+	}
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if m.closing {
+		return errClosed
+	}
+	return nil
+}
+
+// Job returns a job by its id.
+func (m *Manager) Job(id JobID) (*Job, error) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if j, ok := m.jobs[id]; ok {
+		return j, nil
+	}
+	return nil, &fault.Error{Kind: fault.NotFound, Code: "job_not_found", Msg: "no such job",
+		Fields: []fault.Field{{Name: "job", Row: -1, Got: clip(string(id)), Expected: "the id of a job"}}}
+}
+
+// Jobs returns all jobs, oldest first.
+func (m *Manager) Jobs() []*Job {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	out := make([]*Job, 0, len(m.jobs))
+	for _, j := range m.jobs {
+		out = append(out, j)
+	}
+	slices.SortFunc(out, func(a, b *Job) int {
+		if c := a.created.Compare(b.created); c != 0 {
+			return c
+		}
+		return strings.Compare(string(a.ID), string(b.ID))
+	})
+	return out
+}
+
+// Ready says whether the manager takes work: nil, or why not.
+func (m *Manager) Ready(ctx context.Context) error {
+	m.mu.Lock()
+	closing := m.closing
+	m.mu.Unlock()
+	if closing {
+		return errClosed
+	}
+	if _, err := m.ckpts.Blob.Stat(ctx, "ready"); err != nil && !errors.Is(err, storage.ErrNotFound) {
+		return fault.New(fault.Unavailable, "store_unavailable", "reach the checkpoint store: %w", err)
+	}
+	return nil
+}
+
+// Limits returns the limits in force.
+func (m *Manager) Limits() Limits { return m.limits }
+
+// Close stops intake, lets every job finish its optimizer step, writes a
+// snapshot of jobs that have made steps since their last one, and frees the
+// models. When ctx ends first, running work is cut short; nothing accepted is
+// lost, the next start replays it.
+func (m *Manager) Close(ctx context.Context) error {
+	m.mu.Lock()
+	if m.closing {
+		m.mu.Unlock()
+		return nil
+	}
+	m.closing = true
+	close(m.closed)
+	m.mu.Unlock()
+
+	ended := make(chan struct{})
+	go func() { m.running.Wait(); close(ended) }()
+	var err error
+	select {
+	case <-ended:
+	case <-ctx.Done():
+		err = fmt.Errorf("stop jobs: %w", ctx.Err())
+		m.kill()
+		<-ended
+	}
+	m.kill()
+	jobs := m.Jobs()
+	for _, j := range jobs {
+		j.unload(context.WithoutCancel(ctx))
+		j.events.close()
+	}
+	m.exec.Close()
+	for _, j := range jobs {
+		err = errors.Join(err, j.spool.Close())
+	}
+	return errors.Join(err, m.db.close())
+}

@@ -1,0 +1,268 @@
+package trainer
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"math"
+	"strconv"
+	"time"
+
+	"trainerd/internal/fault"
+	"trainerd/model/hf"
+	"trainerd/storage"
+)
+
+// Files of a checkpoint. hf/ is a Hugging Face directory and nothing else;
+// state/ is what a replay starts from besides.
+const (
+	prefixHF      = "hf/"
+	prefixWeights = "state/weights/" // the exact float32 weights, when hf/ is rounded
+	fileOptimizer = "state/optimizer.bin"
+)
+
+// publishDue publishes the policy because publish_every_steps says so, with a
+// snapshot when one is due and the optimizer is between consumptions.
+func (j *Job) publishDue(ctx context.Context) error {
+	_, err := j.publish(ctx, func() bool { return j.snapshotDue() })
+	return err
+}
+
+// publishFinal makes sure that the last step is published with its state.
+func (j *Job) publishFinal(ctx context.Context) error {
+	j.mu.Lock()
+	done := j.latest != nil && j.latest.Step == j.rec.Step && j.latest.Snapshot
+	j.mu.Unlock()
+	if done {
+		return nil
+	}
+	_, err := j.publish(ctx, func() bool { return true })
+	return err
+}
+
+// snapshotDue is called on the device's goroutine.
+func (j *Job) snapshotDue() bool {
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	every := j.spec.Checkpoint.SnapshotEverySteps
+	return every > 0 && j.rec.Step-j.snapshot >= every
+}
+
+// preserve writes a snapshot at a graceful end, so that the next start has
+// nothing to replay. Steps in the middle of a consumption are replayed instead.
+func (j *Job) preserve(ctx context.Context) error {
+	j.mu.Lock()
+	due := !j.state.Final() && j.training == nil && j.rec.Step > j.snapshot
+	j.mu.Unlock()
+	if !due {
+		return nil
+	}
+	_, err := j.publish(ctx, func() bool { return true })
+	if err != nil && ctx.Err() == nil {
+		j.m.log.Error("write the snapshot of a stop", "job", j.ID, "err", err)
+		return nil // the spool and the older snapshot suffice
+	}
+	return err
+}
+
+// Publish writes a checkpoint of the current policy now, with optimizer state if
+// asked. When the newest checkpoint is that already, it is returned and created is false.
+func (j *Job) Publish(ctx context.Context, snapshot bool) (man storage.Manifest, created bool, err error) {
+	j.mu.Lock()
+	switch {
+	case j.state == Loading, j.state.Final() && !j.loaded.Load():
+		err = j.wrongState("publish a checkpoint")
+	case j.latest != nil && j.latest.Step == j.rec.Step && (j.latest.Snapshot || !snapshot):
+		man = *j.latest
+		j.mu.Unlock()
+		return man, false, nil
+	}
+	j.mu.Unlock()
+	if err != nil {
+		return man, false, err
+	}
+	man, err = j.publish(ctx, func() bool { return snapshot })
+	if err == nil && snapshot && !man.Snapshot {
+		err = &fault.Error{Kind: fault.Unavailable, Code: "step_under_way", RetryAfter: time.Second,
+			Msg: "the weights were published without optimizer state: the iterations on one set of groups are not done"}
+	}
+	return man, err == nil, err
+}
+
+// publish writes a checkpoint on the device's goroutine.
+func (j *Job) publish(ctx context.Context, snapshot func() bool) (storage.Manifest, error) {
+	var man storage.Manifest
+	began := time.Now()
+	err := j.m.exec.Do(ctx, lane{j.ID, laneTrain}, func() error {
+		if j.model == nil {
+			return fault.New(fault.Unavailable, "not_loaded", "publish: the job's model is not on the device")
+		}
+		j.mu.Lock()
+		parent, between := j.latest, j.training == nil || j.training.run == nil
+		j.mu.Unlock()
+		var err error
+		man, err = j.write(ctx, parent, snapshot() && between)
+		if err != nil {
+			return publishFault(j.weights, err)
+		}
+		j.announce(man, time.Since(began))
+		return nil
+	})
+	if err != nil {
+		return man, err
+	}
+	j.m.log.Info("checkpoint published", "job", j.ID, "step", man.Step, "prefix", man.Prefix, "snapshot", man.Snapshot)
+	j.retain(ctx)
+	return man, nil
+}
+
+// publishFault makes every failure of a publication one that passes: the weights
+// are well, and what keeps them from being stored may be mended.
+func publishFault(step int64, err error) error {
+	return &fault.Error{Kind: fault.Unavailable, Code: "publish_failed", Msg: fmt.Sprintf("publish step %d", step), RetryAfter: 5 * time.Second, Err: err}
+}
+
+// write streams the policy into a new prefix and commits it.
+func (j *Job) write(ctx context.Context, parent *storage.Manifest, snapshot bool) (man storage.Manifest, err error) {
+	w, err := j.m.ckpts.Create(ctx, string(j.ID), j.weights)
+	if err != nil {
+		return man, err
+	}
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, w.Abort(context.WithoutCancel(ctx)))
+		}
+	}()
+	src := j.model.Export()
+	err = hf.Write(ctx, w.File, prefixHF, src, hf.WriteOptions{DType: j.base.dtype, Carried: j.base.carried, ConfigJSON: j.base.configJSON})
+	if err != nil {
+		return man, err
+	}
+	if snapshot {
+		if err := w.File(ctx, fileOptimizer, func(out io.Writer) error { return j.model.SaveState(out) }); err != nil {
+			return man, err
+		}
+		if j.base.dtype != "F32" {
+			if err := hf.Write(ctx, w.File, prefixWeights, src, hf.WriteOptions{DType: "F32", ConfigJSON: j.base.configJSON}); err != nil {
+				return man, err
+			}
+		}
+	}
+	m := storage.Manifest{Engine: j.m.opts.Version, Created: time.Now().UTC(), Snapshot: snapshot}
+	if m.Engine == "" {
+		m.Engine = "trainerd"
+	}
+	if parent != nil {
+		step := parent.Step
+		m.Parent = &step
+	}
+	return w.Commit(ctx, m)
+}
+
+// announce makes a committed checkpoint the job's newest.
+func (j *Job) announce(man storage.Manifest, took time.Duration) {
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	j.latest = &man
+	if man.Snapshot {
+		j.snapshot = man.Step
+	}
+	j.counts.Published++
+	j.counts.PublishSeconds += took.Seconds()
+	j.counts.PublishedBytes += man.Bytes("")
+	close(j.published)
+	j.published = make(chan struct{})
+	j.events.publish("checkpoint", man)
+}
+
+// retain deletes checkpoints that the policy does not keep: all but the newest
+// keep_last, steps divisible by keep_every, and the newest snapshot. A failure
+// is logged and tried again after the next publication.
+func (j *Job) retain(ctx context.Context) {
+	c := j.spec.Checkpoint
+	if c.KeepLast == 0 {
+		return
+	}
+	all, err := j.m.ckpts.List(ctx, string(j.ID))
+	if err != nil {
+		j.m.log.Warn("list checkpoints to keep", "job", j.ID, "err", err)
+		return
+	}
+	snapshot := int64(-1)
+	for _, man := range all {
+		if man.Snapshot {
+			snapshot = max(snapshot, man.Step)
+		}
+	}
+	for i, man := range all {
+		newest := int64(len(all)-i) <= c.KeepLast
+		kth := c.KeepEvery > 0 && man.Step%c.KeepEvery == 0
+		if newest || kth || man.Snapshot && man.Step == snapshot {
+			continue
+		}
+		if err := j.m.ckpts.Delete(ctx, man); err != nil {
+			j.m.log.Warn("delete an old checkpoint", "job", j.ID, "prefix", man.Prefix, "err", err)
+		}
+	}
+}
+
+// Checkpoints lists the job's whole checkpoints by step.
+func (j *Job) Checkpoints(ctx context.Context) ([]storage.Manifest, error) {
+	all, err := j.m.ckpts.List(ctx, string(j.ID))
+	return all, storeFault("list checkpoints", err)
+}
+
+// Checkpoint returns the newest whole checkpoint of a step.
+func (j *Job) Checkpoint(ctx context.Context, step int64) (storage.Manifest, error) {
+	man, err := j.m.ckpts.At(ctx, string(j.ID), step)
+	if errors.Is(err, storage.ErrNotFound) {
+		return man, noCheckpoint(strconv.FormatInt(step, 10))
+	}
+	return man, storeFault("read checkpoint", err)
+}
+
+func noCheckpoint(got string) error {
+	return &fault.Error{Kind: fault.NotFound, Code: "checkpoint_not_found", Msg: "no such checkpoint",
+		Fields: []fault.Field{{Name: "step", Row: -1, Got: got, Expected: "a step with a whole checkpoint"}}}
+}
+
+// OpenFile reads n bytes of a checkpoint's file from off (n < 0: to the end).
+func (j *Job) OpenFile(ctx context.Context, man storage.Manifest, name string, off, n int64) (io.ReadCloser, error) {
+	r, err := j.m.ckpts.Open(ctx, man, name, off, n)
+	return r, storeFault("read checkpoint file", err)
+}
+
+// Latest returns the newest checkpoint if it is of a step after the given one,
+// waiting for one until ctx ends; ok is false when none came.
+func (j *Job) Latest(ctx context.Context, after int64) (man storage.Manifest, ok bool, err error) {
+	for {
+		j.mu.Lock()
+		latest, moved, final := j.latest, j.published, j.state.Final()
+		j.mu.Unlock()
+		if latest == nil && final { // its model is not loaded: only the store knows
+			man, err := j.m.ckpts.Latest(ctx, string(j.ID))
+			if errors.Is(err, storage.ErrNotFound) {
+				return man, false, nil
+			}
+			return man, err == nil && man.Step > after, storeFault("read the latest checkpoint", err)
+		}
+		if latest != nil && latest.Step > after {
+			return *latest, true, nil
+		}
+		if final {
+			return man, false, nil
+		}
+		select {
+		case <-moved:
+		case <-j.ended:
+		case <-j.m.closed:
+			return man, false, nil
+		case <-ctx.Done():
+			return man, false, nil
+		}
+	}
+}
+
+// AnyStep, given to Latest, accepts every checkpoint.
+const AnyStep = int64(math.MinInt64)

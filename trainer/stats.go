@@ -1,0 +1,42 @@
+package trainer
+
+// JobStats are a job's gauges, and its totals since the process began.
+type JobStats struct {
+	ID         JobID
+	State      State
+	Step       int64
+	PolicyStep int64
+	Queue      Queue
+	Counts     Counts
+	PlanBytes  int64
+	Loaded     bool
+
+	Steps, Published, SampledTokens, ScoredTokens, TrainedTokens int64
+	StepSeconds, PublishSeconds                                  float64
+	PublishedBytes                                               int64
+}
+
+// Stats are what a monitoring system wants to know of a manager.
+type Stats struct {
+	Jobs        []JobStats // oldest first
+	DeviceQueue int        // pieces of device work that wait
+}
+
+// Stats returns the numbers of now.
+func (m *Manager) Stats() Stats {
+	s := Stats{DeviceQueue: m.exec.Depth()}
+	for _, j := range m.Jobs() {
+		st := j.Status()
+		js := JobStats{ID: j.ID, State: st.State, Step: st.Step, PolicyStep: st.PolicyStep, Queue: st.Queue, Counts: st.Counts, Loaded: j.loaded.Load()}
+		if st.MemoryPlan != nil && js.Loaded {
+			js.PlanBytes = st.MemoryPlan.Total
+		}
+		j.mu.Lock()
+		c := j.counts
+		j.mu.Unlock()
+		js.Steps, js.Published, js.SampledTokens, js.ScoredTokens, js.TrainedTokens = c.Steps, c.Published, c.SampledTokens, c.ScoredTokens, c.TrainedTokens
+		js.StepSeconds, js.PublishSeconds, js.PublishedBytes = c.StepSeconds, c.PublishSeconds, c.PublishedBytes
+		s.Jobs = append(s.Jobs, js)
+	}
+	return s
+}

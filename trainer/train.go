@@ -1,0 +1,279 @@
+package trainer
+
+import (
+	"context"
+	"errors"
+	"slices"
+	"time"
+
+	"trainerd/internal/fault"
+	"trainerd/rollout"
+	"trainerd/storage"
+)
+
+// Backoff of work that failed because something outside did not answer.
+const (
+	retryFirst = 500 * time.Millisecond
+	retryMost  = 30 * time.Second
+)
+
+// run is the job's goroutine: it loads the model, then trains until the job is
+// final, the manager closes, or ctx ends.
+func (j *Job) run(ctx context.Context, base *baseModel, restored bool) {
+	defer close(j.ended)
+	if j.State().Final() {
+		j.recall(ctx)
+		return
+	}
+	var snap *storage.Manifest
+	err := j.patiently(ctx, func() (err error) {
+		snap, err = j.load(ctx, base, restored)
+		return err
+	})
+	if err == nil && restored {
+		err = j.rebuild(ctx, snap)
+	}
+	if err == nil {
+		j.begin()
+	}
+	for more := true; more && err == nil && !j.State().Final(); {
+		more, err = j.advance(ctx)
+	}
+	switch {
+	case err == nil, ctx.Err() != nil, errors.Is(err, errClosed):
+	default:
+		j.fail(err)
+	}
+	if s := j.State(); s == Failed || s == Cancelled {
+		j.unload(ctx)
+	}
+}
+
+// recall reads what an ended job left behind, so that its batches and
+// checkpoints can still be asked for. Its model stays off the device.
+func (j *Job) recall(ctx context.Context) {
+	_, err := j.findSnapshot(ctx)
+	if err == nil {
+		err = j.rebuild(ctx, nil)
+	}
+	if err != nil && ctx.Err() == nil {
+		j.m.log.Error("read what an ended job left", "job", j.ID, "err", err)
+	}
+}
+
+// patiently repeats what fails because a dependency is unavailable, with growing
+// pauses, and shows the error in the job's status meanwhile.
+func (j *Job) patiently(ctx context.Context, do func() error) error {
+	for pause := retryFirst; ; pause = min(2*pause, retryMost) {
+		err := do()
+		if err == nil || ctx.Err() != nil || errors.Is(err, errClosed) || fault.KindOf(err) != fault.Unavailable {
+			return err
+		}
+		j.note(err)
+		select {
+		case <-time.After(pause):
+		case <-ctx.Done():
+			return ctx.Err()
+		case <-j.m.closed:
+			return errClosed
+		}
+	}
+}
+
+// action is what a job's goroutine does next.
+type action uint8
+
+const (
+	actWait action = iota
+	actStop
+	actPublish
+	actFinish
+	actExpire
+	actTake
+	actStep
+)
+
+// advance does the job's next piece of work, or waits for a reason to do one.
+// more is false when the manager closes.
+func (j *Job) advance(ctx context.Context) (more bool, err error) {
+	act, alarm := j.decide()
+	switch act {
+	case actStop:
+		return false, j.preserve(ctx)
+	case actPublish:
+		return true, j.patiently(ctx, func() error { return j.publishDue(ctx) })
+	case actFinish:
+		return false, j.finish(ctx)
+	case actExpire:
+		return true, j.patiently(ctx, j.expire)
+	case actTake:
+		j.take()
+		return true, nil
+	case actStep:
+		return true, j.step(ctx)
+	}
+	var timer <-chan time.Time
+	if !alarm.IsZero() {
+		t := time.NewTimer(time.Until(alarm))
+		defer t.Stop()
+		timer = t.C
+	}
+	select {
+	case <-j.wake:
+	case <-timer:
+	case <-j.m.closed:
+	case <-ctx.Done():
+		return false, ctx.Err()
+	}
+	return true, nil
+}
+
+// decide picks the next action; with actWait, alarm is when to look again.
+func (j *Job) decide() (act action, alarm time.Time) {
+	select {
+	case <-j.m.closed:
+		return actStop, alarm
+	default:
+	}
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	busy := j.training != nil
+	switch {
+	case j.state.Final():
+		return actStop, alarm
+	case j.latest == nil || j.rec.Step-j.latest.Step >= j.spec.Checkpoint.PublishEverySteps:
+		return actPublish, alarm
+	case j.spec.MaxSteps > 0 && j.rec.Step >= j.spec.MaxSteps:
+		return actFinish, alarm
+	}
+	if at, ok := j.asm.NextExpiry(); ok {
+		if !time.Now().Before(at) {
+			return actExpire, alarm
+		}
+		alarm = at
+	}
+	switch {
+	case j.rec.Paused:
+		j.setState(Paused)
+		return actWait, alarm
+	case busy:
+		j.setState(Training)
+		return actStep, alarm
+	case int64(j.asm.Ready()) >= j.spec.Batch.GroupsPerStep, j.flush && j.asm.Ready() > 0:
+		return actTake, alarm
+	}
+	j.flush = false
+	j.setState(Waiting)
+	return actWait, alarm
+}
+
+// take hands the oldest complete groups to the next step.
+func (j *Job) take() {
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	n := min(int(j.spec.Batch.GroupsPerStep), j.asm.Ready())
+	groups, stale := j.asm.Take(n, j.rec.Step)
+	if len(stale) > 0 {
+		j.m.log.Warn("stale groups refused", "job", j.ID, "groups", len(stale), "step", j.rec.Step)
+	}
+	if len(groups) > 0 {
+		j.training = newConsumption(groups, j.rec.Step, j.spool.Last())
+	}
+}
+
+func newConsumption(groups []rollout.Group, done int64, logSeq uint64) *consumption {
+	c := &consumption{groups: groups, first: done + 1, logSeq: logSeq}
+	for i := range groups {
+		c.ids = append(c.ids, groups[i].ID)
+		if b := groups[i].Position.Batch; !slices.Contains(c.batches, b) {
+			c.batches = append(c.batches, b)
+		}
+	}
+	slices.Sort(c.batches)
+	return c
+}
+
+// step runs the next optimizer step on the groups in training and records it.
+func (j *Job) step(ctx context.Context) error {
+	j.mu.Lock()
+	c := j.training
+	j.mu.Unlock()
+	var rec StepRecord
+	err := j.m.exec.Do(ctx, lane{j.ID, laneTrain}, func() error {
+		var err error
+		if rec, err = j.compute(ctx, c); err != nil {
+			return err
+		}
+		return j.record(rec)
+	})
+	if err != nil {
+		return err
+	}
+	j.events.publish("step", rec)
+	j.m.log.Debug("step", "job", j.ID, "step", rec.Step, "groups", len(rec.Groups), "loss", rec.Metrics["loss"], "seconds", rec.WallClock)
+	return nil
+}
+
+// compute does one optimizer step on the device.
+func (j *Job) compute(ctx context.Context, c *consumption) (StepRecord, error) {
+	began := time.Now()
+	if c.run == nil {
+		run, err := j.engine.Consume(ctx, c.groups, j.weights)
+		if err != nil {
+			return StepRecord{}, err
+		}
+		c.run = run
+	}
+	metrics, done, err := c.run.Next(ctx)
+	if err != nil {
+		return StepRecord{}, err
+	}
+	j.weights++
+	last := done || j.spec.MaxSteps > 0 && j.weights >= j.spec.MaxSteps
+	return StepRecord{Step: j.weights, Time: time.Now().UTC(), First: c.first, Last: last, Groups: c.ids, Batches: c.batches,
+		LogSeq: c.logSeq, WallClock: time.Since(began).Seconds(), Metrics: Metrics(metrics)}, nil
+}
+
+// record makes a step that is done durable, and then visible.
+func (j *Job) record(rec StepRecord) error {
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	if j.state.Final() { // cancelled meanwhile; its groups are refused already
+		return context.Canceled
+	}
+	job := j.rec
+	job.Step = rec.Step
+	if err := j.m.db.putJob(job, &rec); err != nil {
+		return err
+	}
+	j.rec = job
+	j.stepTime = time.Duration(rec.WallClock * float64(time.Second))
+	j.counts.Steps++
+	j.counts.StepSeconds += rec.WallClock
+	j.counts.TrainedTokens += int64(rec.Metrics["tokens"])
+	return j.settle(rec)
+}
+
+// settle closes the groups of a consumption that is done. Called with mu held.
+func (j *Job) settle(rec StepRecord) error {
+	if !rec.Last {
+		return nil
+	}
+	j.training = nil
+	return j.asm.Mark(rec.Groups, rollout.State{Status: rollout.Trained, Step: rec.Step})
+}
+
+// finish ends a job that has done all its steps, with a checkpoint of the last.
+func (j *Job) finish(ctx context.Context) error {
+	if err := j.patiently(ctx, func() error { return j.publishFinal(ctx) }); err != nil {
+		return err
+	}
+	j.intake.Lock()
+	defer j.intake.Unlock()
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	if j.state.Final() {
+		return nil
+	}
+	return j.end(Finished, nil)
+}
