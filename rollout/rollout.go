@@ -52,8 +52,9 @@ type Limits struct {
 
 // Schema says which columns a job needs and understands.
 type Schema struct {
-	Objective       string             // a group is one row and reward is not required with "cross_entropy"
+	Objective       string             // reward is not required with "cross_entropy"; "" fits any (inspection)
 	RewardWeights   map[string]float64 // by component; a component column without a weight is refused
+	AnyComponent    bool               // but with this it is read and weighs 0 (inspection)
 	SamplerLogProbs bool               // the column sampler_logprobs is required
 }
 
