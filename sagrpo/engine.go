@@ -178,7 +178,8 @@ func (e *Engine) admit(group *rollout.Group, i int) error {
 
 // Next runs the next optimizer step and returns its metrics; done is true
 // together with the metrics of the last one, and after it. On an error the
-// weights are as they were and the step may be tried again.
+// weights are as they were and the step may be tried again, unless the device
+// itself failed in the update.
 func (c *Consumption) Next(ctx context.Context) (m Metrics, done bool, err error) {
 	if c.left == 0 {
 		return nil, true, nil
