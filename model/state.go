@@ -15,7 +15,7 @@ import (
 
 // A state file is, little-endian: the magic, a u32 version, a u32 length and
 // that many bytes of header (stateHeader), its CRC-32C; then for each section
-// (weights, m, v, and the reference if the header says so) and each block of
+// (m, v, and the reference if the header says so) and each block of
 // the layout, frames of at most stateFrame float32 values, each followed by its
 // CRC-32C; then the magic again. Padding is not stored, so a state is
 // independent of the device's alignment.
@@ -54,7 +54,7 @@ func (m *Model) sections() []section {
 			func(off int, x []float32) error { return m.dev.Download(denseF32(x), b.Slice(off, off+len(x))) },
 			func(off int, x []float32) { m.dev.Upload(b.Slice(off, off+len(x)), denseF32(x)) }}
 	}
-	s := []section{{"weights", m.getMaster, m.putMaster}, plain("first moments", m.m), plain("second moments", m.v)}
+	s := []section{plain("first moments", m.m), plain("second moments", m.v)}
 	if m.ref != nil {
 		s = append(s, plain("reference", m.ref.flat))
 	}
@@ -77,11 +77,12 @@ func (m *Model) eachFrame(fn func(s section, off int, x []float32) error) error 
 	return nil
 }
 
-// SaveState writes what a training run needs to go on bit for bit after Load:
-// the exact float32 weights (a published checkpoint may hold rounded ones),
-// optimizer moments, step count and, with a reference, its weights. LoadState
-// reads it back into a model loaded with the same config and options; the pair
-// is bitwise. Accumulated gradients are not part of it.
+// SaveState writes optimizer moments, step count and, with a reference, its
+// weights: all that Load does not restore. LoadState reads it back into a model
+// loaded with the same config and options; the pair is bitwise. A run goes on
+// bit for bit when Load read the weights of the same moment as F32 (Export
+// gives the exact masters; files of BF16 or F16 hold rounded ones). Accumulated
+// gradients are not part of a state.
 func (m *Model) SaveState(w io.Writer) error {
 	if m.broken != nil {
 		return m.broken

@@ -1,0 +1,95 @@
+package hf
+
+import (
+	"encoding/binary"
+	"math"
+)
+
+// decode fills dst from little-endian bytes of a stored float type.
+func decode(dst []float32, src []byte, dtype string) {
+	switch dtype {
+	case "F32":
+		for i := range dst {
+			dst[i] = math.Float32frombits(binary.LittleEndian.Uint32(src[4*i:]))
+		}
+	case "BF16":
+		for i := range dst {
+			dst[i] = math.Float32frombits(uint32(binary.LittleEndian.Uint16(src[2*i:])) << 16)
+		}
+	case "F16":
+		for i := range dst {
+			dst[i] = fromHalf(binary.LittleEndian.Uint16(src[2*i:]))
+		}
+	}
+}
+
+// encode appends values as little-endian bytes of a stored float type, rounded
+// to nearest even. It returns the index of the first finite value that rounds
+// to infinity, or -1.
+func encode(dst []byte, src []float32, dtype string) ([]byte, int) {
+	overflow := -1
+	check := func(i int, infinite bool) {
+		if infinite && overflow < 0 && !math.IsInf(float64(src[i]), 0) {
+			overflow = i
+		}
+	}
+	switch dtype {
+	case "F32":
+		for _, x := range src {
+			dst = binary.LittleEndian.AppendUint32(dst, math.Float32bits(x))
+		}
+	case "BF16":
+		for i, x := range src {
+			b := toBFloat(x)
+			check(i, b&0x7fff == 0x7f80)
+			dst = binary.LittleEndian.AppendUint16(dst, b)
+		}
+	case "F16":
+		for i, x := range src {
+			h := toHalf(x)
+			check(i, h&0x7fff == 0x7c00)
+			dst = binary.LittleEndian.AppendUint16(dst, h)
+		}
+	}
+	return dst, overflow
+}
+
+// fromHalf widens an IEEE 754 binary16 number exactly.
+func fromHalf(h uint16) float32 {
+	sign, exp, frac := uint32(h&0x8000)<<16, uint32(h>>10&0x1f), uint32(h&0x3ff)
+	switch exp {
+	case 0: // zero or subnormal: frac * 2^-24
+		x := float32(frac) * (1.0 / (1 << 24))
+		return math.Float32frombits(math.Float32bits(x) | sign)
+	case 0x1f:
+		return math.Float32frombits(sign | 0x7f800000 | frac<<13)
+	}
+	return math.Float32frombits(sign | (exp+112)<<23 | frac<<13)
+}
+
+// toHalf rounds to the nearest binary16 number, ties to even.
+func toHalf(x float32) uint16 {
+	bits := math.Float32bits(x)
+	sign, bits := uint16(bits>>16&0x8000), bits&0x7fffffff
+	switch {
+	case bits > 0x7f800000: // NaN keeps its payload's top, and stays one
+		return sign | 0x7e00 | uint16(bits>>13&0x1ff)
+	case bits >= 0x477ff000: // 65520 and more: infinity
+		return sign | 0x7c00
+	case bits < 0x38800000: // below 2^-14: subnormal, a multiple of 2^-24
+		// Adding 0.5 leaves the rounded multiple in the low bits of the sum.
+		y := math.Float32frombits(bits) + 0.5
+		return sign | uint16(math.Float32bits(y)-math.Float32bits(0.5))
+	}
+	bits += 0xfff + bits>>13&1
+	return sign | uint16((bits-112<<23)>>13)
+}
+
+// toBFloat rounds to the nearest bfloat16 number, ties to even.
+func toBFloat(x float32) uint16 {
+	bits := math.Float32bits(x)
+	if bits&0x7fffffff > 0x7f800000 {
+		return uint16(bits>>16) | 0x40
+	}
+	return uint16((bits + 0x7fff + bits>>16&1) >> 16)
+}
