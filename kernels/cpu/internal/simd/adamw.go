@@ -2,7 +2,8 @@ package simd
 
 import "math"
 
-// AdamWCoef are the scalars of one AdamW step, computed in float64 and rounded once.
+// AdamWCoef are the scalars of one AdamW step, computed in float64 and rounded
+// once. The assembly reads the fields in this order.
 type AdamWCoef struct {
 	Grad     float32 // gradients are multiplied by it (clipping, loss scale)
 	Decay    float32 // 1 - lr*weight decay
@@ -36,5 +37,16 @@ func NewAdamWCoef(lr, beta1, beta2, eps, weightDecay float64, step int64, grad f
 //	p = Decay*p - StepSize * m / (sqrt(v)*InvBias2 + Eps)
 func AdamW(p, g, m, v []float32, c *AdamWCoef) {
 	n := len(p)
-	adamWGo(p, g[:n], m[:n], v[:n], c)
+	g, m, v = g[:n], m[:n], v[:n]
+	if n == 0 {
+		return
+	}
+	switch active {
+	case AVX512:
+		adamW512(n, &p[0], &g[0], &m[0], &v[0], &c.Grad)
+	case AVX2:
+		adamW2(n, &p[0], &g[0], &m[0], &v[0], &c.Grad)
+	default:
+		adamWGo(p, g, m, v, c)
+	}
 }

@@ -2,9 +2,11 @@ package simd
 
 import (
 	"fmt"
+	"math"
 	"math/rand/v2"
 	"runtime"
 	"testing"
+	"time"
 )
 
 // BenchmarkSgemm times products of a 135M model's training step on all
@@ -68,8 +70,14 @@ func benchSgemm(b *testing.B, transA, transB bool, m, n, k int, parallel bool) {
 	}
 	call()
 	b.ResetTimer()
+	best := time.Duration(math.MaxInt64)
 	for range b.N {
+		start := time.Now()
 		call()
+		best = min(best, time.Since(start))
 	}
-	b.ReportMetric(2*float64(m)*float64(n)*float64(k)*float64(b.N)/b.Elapsed().Seconds()/1e9, "GFLOP/s")
+	flop := 2 * float64(m) * float64(n) * float64(k)
+	b.ReportMetric(flop*float64(b.N)/b.Elapsed().Seconds()/1e9, "GFLOP/s")
+	// The best call is what to compare on a machine that others load too.
+	b.ReportMetric(flop/best.Seconds()/1e9, "best-GFLOP/s")
 }

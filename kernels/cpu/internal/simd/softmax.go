@@ -19,7 +19,15 @@ func ExpScaleShift(dst, x []float32, scale, shift float32) (sum float32) {
 	var total float64
 	for len(dst) > 0 {
 		n := min(len(dst), sumBlock)
-		total += float64(expScaleShiftGo(dst[:n], x[:n], scale, shift))
+		switch active {
+		case AVX512:
+			sum = expScaleShift512(n, &dst[0], &x[0], scale, shift)
+		case AVX2:
+			sum = expScaleShift2(n, &dst[0], &x[0], scale, shift)
+		default:
+			sum = expScaleShiftGo(dst[:n], x[:n], scale, shift)
+		}
+		total += float64(sum)
 		dst, x = dst[n:], x[n:]
 	}
 	return float32(total)
@@ -37,7 +45,15 @@ func ExpSum(x []float32, shift, scale float32) (sum float32) {
 func LogitStats(z []float32, scale, shift float32) (sumExp, sumExpY float64) {
 	for len(z) > 0 {
 		n := min(len(z), sumBlock)
-		s, y := logitStatsGo(z[:n], scale, shift)
+		var s, y float32
+		switch active {
+		case AVX512:
+			s, y = logitStats512(n, &z[0], scale, shift)
+		case AVX2:
+			s, y = logitStats2(n, &z[0], scale, shift)
+		default:
+			s, y = logitStatsGo(z[:n], scale, shift)
+		}
 		sumExp += float64(s)
 		sumExpY += float64(y)
 		z = z[n:]
@@ -51,18 +67,49 @@ func LogitStats(z []float32, scale, shift float32) (sumExp, sumExpY float64) {
 // the caller adds at the target t.
 func DLogits(dst, z []float32, scale, lse, a, b float32) {
 	z = z[:len(dst)]
-	dlogitsGo(dst, z, scale, lse, a, b)
+	if len(dst) == 0 {
+		return
+	}
+	switch active {
+	case AVX512:
+		dlogits512(len(dst), &dst[0], &z[0], scale, lse, a, b)
+	case AVX2:
+		dlogits2(len(dst), &dst[0], &z[0], scale, lse, a, b)
+	default:
+		dlogitsGo(dst, z, scale, lse, a, b)
+	}
 }
 
 // SiLUMul computes out = silu(gate) * up, silu(g) = g/(1+exp(-g)).
 func SiLUMul(out, gate, up []float32) {
 	gate, up = gate[:len(out)], up[:len(out)]
-	siluMulGo(out, gate, up)
+	if len(out) == 0 {
+		return
+	}
+	switch active {
+	case AVX512:
+		siluMul512(len(out), &out[0], &gate[0], &up[0])
+	case AVX2:
+		siluMul2(len(out), &out[0], &gate[0], &up[0])
+	default:
+		siluMulGo(out, gate, up)
+	}
 }
 
 // SiLUMulBackward computes the gradients of SiLUMul: dgate = dout*up*silu'(gate)
 // and dup = dout*silu(gate). dgate may be gate and dup may be up.
 func SiLUMulBackward(dgate, dup, dout, gate, up []float32) {
 	n := len(dgate)
-	siluMulBackwardGo(dgate, dup[:n], dout[:n], gate[:n], up[:n])
+	dup, dout, gate, up = dup[:n], dout[:n], gate[:n], up[:n]
+	if n == 0 {
+		return
+	}
+	switch active {
+	case AVX512:
+		siluMulBackward512(n, &dgate[0], &dup[0], &dout[0], &gate[0], &up[0])
+	case AVX2:
+		siluMulBackward2(n, &dgate[0], &dup[0], &dout[0], &gate[0], &up[0])
+	default:
+		siluMulBackwardGo(dgate, dup, dout, gate, up)
+	}
 }

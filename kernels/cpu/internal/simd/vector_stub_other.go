@@ -3,3 +3,179 @@
 //go:build !amd64
 
 package simd
+
+func dot2(n int, x *float32, y *float32) (sum float32) {
+	panic(noAssembly)
+}
+
+func axpy2(n int, a float32, x *float32, y *float32) {
+	panic(noAssembly)
+}
+
+func scale2(n int, dst *float32, x *float32, a float32) {
+	panic(noAssembly)
+}
+
+func add2(n int, dst *float32, x *float32, y *float32) {
+	panic(noAssembly)
+}
+
+func mul2(n int, dst *float32, x *float32, y *float32) {
+	panic(noAssembly)
+}
+
+func mulAdd2(n int, dst *float32, x *float32, y *float32) {
+	panic(noAssembly)
+}
+
+func scaleMul2(n int, dst *float32, x *float32, y *float32, a float32) {
+	panic(noAssembly)
+}
+
+func lerp2(n int, dst *float32, src *float32, alpha float32, beta float32) {
+	panic(noAssembly)
+}
+
+func sum2(n int, x *float32) (sum float64) {
+	panic(noAssembly)
+}
+
+func sumSquares2(n int, x *float32) (sum float64) {
+	panic(noAssembly)
+}
+
+func max2(n int, x *float32) (top float32, nan uint32) {
+	panic(noAssembly)
+}
+
+func rope2(n int, out *float32, out2 *float32, x *float32, x2 *float32, cos *float32, sin *float32, sign float32) {
+	panic(noAssembly)
+}
+
+func adamW2(n int, p *float32, grad *float32, m *float32, v *float32, coef *float32) {
+	panic(noAssembly)
+}
+
+func expScaleShift2(n int, dst *float32, x *float32, scale float32, shift float32) (sum float32) {
+	panic(noAssembly)
+}
+
+func logitStats2(n int, z *float32, scale float32, shift float32) (sumExp float32, sumExpY float32) {
+	panic(noAssembly)
+}
+
+func dlogits2(n int, dst *float32, z *float32, scale float32, lse float32, a float32, b float32) {
+	panic(noAssembly)
+}
+
+func siluMul2(n int, out *float32, gate *float32, up *float32) {
+	panic(noAssembly)
+}
+
+func siluMulBackward2(n int, dgate *float32, dup *float32, dout *float32, gate *float32, up *float32) {
+	panic(noAssembly)
+}
+
+func f32ToBF162(n int, dst *uint16, src *float32) {
+	panic(noAssembly)
+}
+
+func bf16ToF322(n int, dst *float32, src *uint16) {
+	panic(noAssembly)
+}
+
+func f32ToF162(n int, dst *uint16, src *float32) {
+	panic(noAssembly)
+}
+
+func f16ToF322(n int, dst *float32, src *uint16) {
+	panic(noAssembly)
+}
+
+func dot512(n int, x *float32, y *float32) (sum float32) {
+	panic(noAssembly)
+}
+
+func axpy512(n int, a float32, x *float32, y *float32) {
+	panic(noAssembly)
+}
+
+func scale512(n int, dst *float32, x *float32, a float32) {
+	panic(noAssembly)
+}
+
+func add512(n int, dst *float32, x *float32, y *float32) {
+	panic(noAssembly)
+}
+
+func mul512(n int, dst *float32, x *float32, y *float32) {
+	panic(noAssembly)
+}
+
+func mulAdd512(n int, dst *float32, x *float32, y *float32) {
+	panic(noAssembly)
+}
+
+func scaleMul512(n int, dst *float32, x *float32, y *float32, a float32) {
+	panic(noAssembly)
+}
+
+func lerp512(n int, dst *float32, src *float32, alpha float32, beta float32) {
+	panic(noAssembly)
+}
+
+func sum512(n int, x *float32) (sum float64) {
+	panic(noAssembly)
+}
+
+func sumSquares512(n int, x *float32) (sum float64) {
+	panic(noAssembly)
+}
+
+func max512(n int, x *float32) (top float32, nan uint32) {
+	panic(noAssembly)
+}
+
+func rope512(n int, out *float32, out2 *float32, x *float32, x2 *float32, cos *float32, sin *float32, sign float32) {
+	panic(noAssembly)
+}
+
+func adamW512(n int, p *float32, grad *float32, m *float32, v *float32, coef *float32) {
+	panic(noAssembly)
+}
+
+func expScaleShift512(n int, dst *float32, x *float32, scale float32, shift float32) (sum float32) {
+	panic(noAssembly)
+}
+
+func logitStats512(n int, z *float32, scale float32, shift float32) (sumExp float32, sumExpY float32) {
+	panic(noAssembly)
+}
+
+func dlogits512(n int, dst *float32, z *float32, scale float32, lse float32, a float32, b float32) {
+	panic(noAssembly)
+}
+
+func siluMul512(n int, out *float32, gate *float32, up *float32) {
+	panic(noAssembly)
+}
+
+func siluMulBackward512(n int, dgate *float32, dup *float32, dout *float32, gate *float32, up *float32) {
+	panic(noAssembly)
+}
+
+func f32ToBF16512(n int, dst *uint16, src *float32) {
+	panic(noAssembly)
+}
+
+func bf16ToF32512(n int, dst *float32, src *uint16) {
+	panic(noAssembly)
+}
+
+func f32ToF16512(n int, dst *uint16, src *float32) {
+	panic(noAssembly)
+}
+
+func f16ToF32512(n int, dst *float32, src *uint16) {
+	panic(noAssembly)
+}
