@@ -378,3 +378,10 @@ func (j *Job) Steps(after int64, limit int) ([]StepRecord, error) {
 func (j *Job) Events(ctx context.Context, after uint64, f func(Event) error) error {
 	return j.events.read(ctx, after, f)
 }
+
+// LastEvent returns the id of the newest event, for a reader that wants those after it.
+func (j *Job) LastEvent() uint64 {
+	j.events.mu.Lock()
+	defer j.events.mu.Unlock()
+	return j.events.next - 1
+}

@@ -1,0 +1,216 @@
+package server
+
+import (
+	"bytes"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"mime"
+	"net/http"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/labstack/echo/v4"
+
+	"trainerd/internal/fault"
+	"trainerd/rollout/arrowio"
+)
+
+// readBody reads a whole body of at most limit bytes. A declared length over the
+// limit is refused before anything is read.
+func (s *Server) readBody(c echo.Context, limit int64) ([]byte, error) {
+	r := c.Request()
+	if enc := r.Header.Get("Content-Encoding"); enc != "" && enc != "identity" {
+		return nil, unsupportedMedia("Content-Encoding %q is not supported: compress the Arrow buffers (LZ4 or ZSTD) instead", enc)
+	}
+	tooLarge := func(got string) error {
+		return &fault.Error{Kind: fault.TooLarge, Code: "body_too_large", Msg: "the body is over the limit",
+			Fields: []fault.Field{{Name: "body", Row: -1, Got: got, Expected: fmt.Sprintf("at most %d bytes", limit)}}}
+	}
+	if r.ContentLength > limit {
+		return nil, tooLarge(strconv.FormatInt(r.ContentLength, 10) + " bytes")
+	}
+	control := http.NewResponseController(c.Response().Writer)
+	if control.SetReadDeadline(time.Now().Add(s.limits.BodyTimeout)) == nil {
+		defer control.SetReadDeadline(time.Time{}) // else the deadline would end the answer too
+	}
+	var buf bytes.Buffer
+	if r.ContentLength > 0 {
+		buf.Grow(int(min(r.ContentLength, 1<<20)) + bytes.MinRead)
+	}
+	_, err := buf.ReadFrom(http.MaxBytesReader(c.Response().Writer, r.Body, limit))
+	var over *http.MaxBytesError
+	switch {
+	case errors.As(err, &over):
+		return nil, tooLarge(fmt.Sprintf("more than %d bytes", limit))
+	case err != nil:
+		return nil, fault.New(fault.Malformed, "body_unreadable", "read the body: %w", err)
+	}
+	return buf.Bytes(), nil
+}
+
+// wantArrow refuses a body that does not declare itself an Arrow stream.
+func wantArrow(c echo.Context) error {
+	raw := c.Request().Header.Get("Content-Type")
+	kind, params, err := mime.ParseMediaType(raw)
+	if err != nil || kind != arrowio.ContentType {
+		return unsupportedMedia("Content-Type is %q, expected %s", raw, arrowio.ContentType)
+	}
+	for name, value := range params {
+		if name != "codecs" {
+			continue // parameters that we do not know do not change the format
+		}
+		for _, codec := range strings.Split(value, ",") {
+			switch strings.TrimSpace(codec) {
+			case "", "lz4", "zstd":
+			default:
+				return unsupportedMedia("Arrow codec %q is not supported, expected lz4 or zstd", strings.TrimSpace(codec))
+			}
+		}
+	}
+	return nil
+}
+
+// wantJSON refuses a body that declares itself something else than JSON.
+func wantJSON(c echo.Context) error {
+	raw := c.Request().Header.Get("Content-Type")
+	kind, _, err := mime.ParseMediaType(raw)
+	if err != nil || kind != "application/json" {
+		return unsupportedMedia("Content-Type is %q, expected application/json", raw)
+	}
+	return nil
+}
+
+// decodeJSON reads a JSON body strictly into v: no unknown fields, nothing after it.
+func (s *Server) decodeJSON(c echo.Context, v any) error {
+	if err := wantJSON(c); err != nil {
+		return err
+	}
+	body, err := s.readBody(c, s.limits.MaxDocumentBytes)
+	if err != nil {
+		return err
+	}
+	return decodeStrict(body, v)
+}
+
+func decodeStrict(body []byte, v any) error {
+	d := json.NewDecoder(bytes.NewReader(body))
+	d.DisallowUnknownFields()
+	err := d.Decode(v)
+	if err == nil {
+		if _, err := d.Token(); err != io.EOF {
+			return fault.New(fault.Malformed, "malformed_json", "decode body: data after the end of the document")
+		}
+		return nil
+	}
+	var wrong *json.UnmarshalTypeError
+	if errors.As(err, &wrong) {
+		name := wrong.Field
+		if name == "" {
+			name = "body"
+		}
+		return &fault.Error{Kind: fault.Invalid, Code: "invalid_request", Msg: "request",
+			Fields: []fault.Field{{Name: name, Row: -1, Got: wrong.Value, Expected: "a value of type " + wrong.Type.String()}}}
+	}
+	if name, ok := strings.CutPrefix(err.Error(), "json: unknown field "); ok {
+		if unquoted, err := strconv.Unquote(name); err == nil {
+			name = unquoted
+		}
+		return &fault.Error{Kind: fault.Invalid, Code: "invalid_request", Msg: "request",
+			Fields: []fault.Field{{Name: name, Row: -1, Got: "an unknown field", Expected: "a documented one"}}}
+	}
+	return fault.New(fault.Malformed, "malformed_json", "decode body: %w", err)
+}
+
+// idempotencyKey reads the Idempotency-Key header, "" when there is none.
+func idempotencyKey(c echo.Context) (string, error) {
+	values := c.Request().Header.Values("Idempotency-Key")
+	if len(values) == 0 {
+		return "", nil
+	}
+	key := values[0]
+	ok := len(values) == 1 && len(key) >= 1 && len(key) <= 255
+	for i := 0; ok && i < len(key); i++ {
+		ok = key[i] > ' ' && key[i] < 0x7f
+	}
+	if !ok {
+		return "", fault.BadField("Idempotency-Key", strconv.Quote(key), "1 to 255 printable ASCII characters without spaces, once")
+	}
+	return key, nil
+}
+
+// queryInt reads a whole number of the query in [low, high].
+func queryInt(c echo.Context, name string, def, low, high int64) (int64, error) {
+	raw := c.QueryParam(name)
+	if raw == "" {
+		return def, nil
+	}
+	v, err := strconv.ParseInt(raw, 10, 64)
+	if err != nil || v < low || v > high {
+		return 0, fault.BadField(name, strconv.Quote(raw), fmt.Sprintf("a whole number in [%d, %d]", low, high))
+	}
+	return v, nil
+}
+
+// pathInt reads a whole number, 0 or more, of the path.
+func pathInt(c echo.Context, name string) (int64, error) {
+	v, err := strconv.ParseInt(c.Param(name), 10, 64)
+	if err != nil || v < 0 {
+		return 0, &fault.Error{Kind: fault.NotFound, Code: name + "_not_found", Msg: "no such " + name,
+			Fields: []fault.Field{{Name: name, Row: -1, Got: strconv.Quote(c.Param(name)), Expected: "a whole number"}}}
+	}
+	return v, nil
+}
+
+// negotiate picks the first of the offered media types that has the greatest
+// weight in Accept; 406 when none is acceptable.
+func negotiate(c echo.Context, offered ...string) (string, error) {
+	accept := strings.Join(c.Request().Header.Values("Accept"), ",")
+	if strings.TrimSpace(accept) == "" {
+		return offered[0], nil
+	}
+	best, weight := "", 0.0
+	for _, offer := range offered {
+		if q := quality(accept, offer); q > weight {
+			best, weight = offer, q
+		}
+	}
+	if best == "" {
+		return "", &protocolError{http.StatusNotAcceptable, "not_acceptable", fmt.Sprintf("Accept is %q, offered are %s", accept, strings.Join(offered, " and "))}
+	}
+	return best, nil
+}
+
+// quality is the weight that an Accept header gives to a media type; the most
+// specific range that matches counts.
+func quality(accept, offer string) float64 {
+	major, _, _ := strings.Cut(offer, "/")
+	q, specific := 0.0, -1
+	for _, part := range strings.Split(accept, ",") {
+		kind, params, err := mime.ParseMediaType(strings.TrimSpace(part))
+		if err != nil {
+			continue
+		}
+		level := -1
+		switch kind {
+		case offer:
+			level = 2
+		case major + "/*":
+			level = 1
+		case "*/*":
+			level = 0
+		}
+		if level <= specific {
+			continue
+		}
+		specific, q = level, 1
+		if raw, ok := params["q"]; ok {
+			if q, err = strconv.ParseFloat(raw, 64); err != nil || q < 0 || q > 1 {
+				q = 0
+			}
+		}
+	}
+	return q
+}

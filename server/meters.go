@@ -1,0 +1,122 @@
+package server
+
+import (
+	"net/http"
+
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/prometheus/client_golang/prometheus/collectors"
+	"github.com/prometheus/client_golang/prometheus/promhttp"
+
+	"trainerd/trainer"
+)
+
+// meters are the Prometheus metrics: those of HTTP are counted here, those of
+// jobs are read from the manager when somebody asks.
+type meters struct {
+	registry *prometheus.Registry
+	inFlight prometheus.Gauge
+	requests *prometheus.CounterVec
+	seconds  *prometheus.HistogramVec
+	received *prometheus.CounterVec
+	sent     *prometheus.CounterVec
+}
+
+func newMeters(m *trainer.Manager, version string) *meters {
+	t := &meters{
+		registry: prometheus.NewRegistry(),
+		inFlight: prometheus.NewGauge(prometheus.GaugeOpts{Name: "trainerd_http_requests_in_flight", Help: "Requests being answered."}),
+		requests: prometheus.NewCounterVec(prometheus.CounterOpts{Name: "trainerd_http_requests_total", Help: "Requests answered."}, []string{"route", "method", "status"}),
+		seconds: prometheus.NewHistogramVec(prometheus.HistogramOpts{Name: "trainerd_http_request_seconds", Help: "Time to answer a request.",
+			Buckets: []float64{.001, .005, .025, .1, .5, 2.5, 10, 60, 300}}, []string{"route", "method"}),
+		received: prometheus.NewCounterVec(prometheus.CounterOpts{Name: "trainerd_http_received_bytes_total", Help: "Declared bytes of request bodies."}, []string{"route"}),
+		sent:     prometheus.NewCounterVec(prometheus.CounterOpts{Name: "trainerd_http_sent_bytes_total", Help: "Bytes of answer bodies."}, []string{"route"}),
+	}
+	info := prometheus.NewGauge(prometheus.GaugeOpts{Name: "trainerd_build_info", Help: "1, labelled with the version.", ConstLabels: prometheus.Labels{"version": version}})
+	info.Set(1)
+	t.registry.MustRegister(info, t.inFlight, t.requests, t.seconds, t.received, t.sent, &jobCollector{manager: m},
+		collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
+	return t
+}
+
+func (t *meters) handler() http.Handler {
+	return promhttp.HandlerFor(t.registry, promhttp.HandlerOpts{})
+}
+
+// jobMeter is one metric of every job.
+type jobMeter struct {
+	desc  *prometheus.Desc
+	kind  prometheus.ValueType
+	value func(trainer.JobStats) float64
+}
+
+func counter(name, help string, value func(trainer.JobStats) float64) jobMeter {
+	return jobMeter{prometheus.NewDesc(name, help, []string{"job"}, nil), prometheus.CounterValue, value}
+}
+
+func gauge(name, help string, value func(trainer.JobStats) float64) jobMeter {
+	return jobMeter{prometheus.NewDesc(name, help, []string{"job"}, nil), prometheus.GaugeValue, value}
+}
+
+var jobMeters = []jobMeter{
+	counter("trainerd_steps_total", "Optimizer steps done by this process.", func(s trainer.JobStats) float64 { return float64(s.Steps) }),
+	counter("trainerd_step_seconds_total", "Time spent in optimizer steps.", func(s trainer.JobStats) float64 { return s.StepSeconds }),
+	counter("trainerd_trained_tokens_total", "Tokens of trained completions.", func(s trainer.JobStats) float64 { return float64(s.TrainedTokens) }),
+	counter("trainerd_sampled_tokens_total", "Tokens sampled.", func(s trainer.JobStats) float64 { return float64(s.SampledTokens) }),
+	counter("trainerd_scored_tokens_total", "Tokens scored by logprobs requests.", func(s trainer.JobStats) float64 { return float64(s.ScoredTokens) }),
+	counter("trainerd_checkpoints_published_total", "Checkpoints published by this process.", func(s trainer.JobStats) float64 { return float64(s.Published) }),
+	counter("trainerd_checkpoint_seconds_total", "Time spent publishing.", func(s trainer.JobStats) float64 { return s.PublishSeconds }),
+	counter("trainerd_checkpoint_bytes_total", "Bytes published.", func(s trainer.JobStats) float64 { return float64(s.PublishedBytes) }),
+	counter("trainerd_batches_total", "Records of the job's spool.", func(s trainer.JobStats) float64 { return float64(s.Counts.Batches) }),
+	counter("trainerd_rollouts_total", "Rollouts accepted.", func(s trainer.JobStats) float64 { return float64(s.Counts.Rollouts) }),
+	counter("trainerd_rollout_duplicates_total", "Rollouts ignored because they were there before.", func(s trainer.JobStats) float64 { return float64(s.Counts.Duplicates) }),
+	counter("trainerd_rollouts_without_policy_step_total", "Rollouts that did not say which step sampled them.", func(s trainer.JobStats) float64 { return float64(s.Counts.MissingPolicyStep) }),
+	counter("trainerd_groups_trained_total", "Groups trained.", func(s trainer.JobStats) float64 { return float64(s.Counts.GroupsTrained) }),
+	gauge("trainerd_step", "Optimizer steps of the policy.", func(s trainer.JobStats) float64 { return float64(s.Step) }),
+	gauge("trainerd_policy_step", "Step of the newest checkpoint, -1 before the first.", func(s trainer.JobStats) float64 { return float64(s.PolicyStep) }),
+	gauge("trainerd_queue_rollouts", "Rollouts that wait.", func(s trainer.JobStats) float64 { return float64(s.Queue.Rollouts) }),
+	gauge("trainerd_queue_tokens", "Tokens that wait, each prompt once.", func(s trainer.JobStats) float64 { return float64(s.Queue.Tokens) }),
+	gauge("trainerd_queue_groups_complete", "Complete groups that wait.", func(s trainer.JobStats) float64 { return float64(s.Queue.GroupsComplete) }),
+	gauge("trainerd_queue_groups_open", "Groups that wait for rows.", func(s trainer.JobStats) float64 { return float64(s.Queue.GroupsOpen) }),
+	gauge("trainerd_memory_plan_bytes", "Device memory held by the job.", func(s trainer.JobStats) float64 { return float64(s.PlanBytes) }),
+}
+
+var (
+	descJobs    = prometheus.NewDesc("trainerd_jobs", "Jobs by state.", []string{"state"}, nil)
+	descRefused = prometheus.NewDesc("trainerd_groups_refused_total", "Groups refused by reason.", []string{"job", "reason"}, nil)
+	descDevice  = prometheus.NewDesc("trainerd_device_queue", "Pieces of device work that wait.", nil, nil)
+)
+
+// jobCollector reads the manager at each scrape.
+type jobCollector struct{ manager *trainer.Manager }
+
+// Describe implements prometheus.Collector.
+func (*jobCollector) Describe(out chan<- *prometheus.Desc) {
+	for _, m := range jobMeters {
+		out <- m.desc
+	}
+	out <- descJobs
+	out <- descRefused
+	out <- descDevice
+}
+
+// Collect implements prometheus.Collector.
+func (c *jobCollector) Collect(out chan<- prometheus.Metric) {
+	stats := c.manager.Stats()
+	states := map[trainer.State]int{}
+	for _, s := range []trainer.State{trainer.Loading, trainer.Waiting, trainer.Training, trainer.Paused, trainer.Finished, trainer.Failed, trainer.Cancelled} {
+		states[s] = 0
+	}
+	for _, s := range stats.Jobs {
+		states[s.State]++
+		for _, m := range jobMeters {
+			out <- prometheus.MustNewConstMetric(m.desc, m.kind, m.value(s), string(s.ID))
+		}
+		for reason, n := range s.Counts.GroupsRefused {
+			out <- prometheus.MustNewConstMetric(descRefused, prometheus.CounterValue, float64(n), string(s.ID), reason)
+		}
+	}
+	for state, n := range states {
+		out <- prometheus.MustNewConstMetric(descJobs, prometheus.GaugeValue, float64(n), string(state))
+	}
+	out <- prometheus.MustNewConstMetric(descDevice, prometheus.GaugeValue, float64(stats.DeviceQueue))
+}

@@ -1,0 +1,103 @@
+package server
+
+import (
+	"context"
+	"crypto/rand"
+	"encoding/hex"
+	"fmt"
+	"net/http"
+	"runtime/debug"
+	"strconv"
+	"time"
+
+	"github.com/labstack/echo/v4"
+
+	"trainerd/internal/fault"
+)
+
+const headerRequestID = "X-Request-Id"
+
+// identify gives every request an id: the client's if it is well formed, else a new one.
+func (s *Server) identify(next echo.HandlerFunc) echo.HandlerFunc {
+	return func(c echo.Context) error {
+		id := c.Request().Header.Get(headerRequestID)
+		if !validRequestID(id) {
+			var b [8]byte
+			if _, err := rand.Read(b[:]); err != nil {
+				return fmt.Errorf("draw a request id: %w", err)
+			}
+			id = hex.EncodeToString(b[:])
+		}
+		c.Response().Header().Set(headerRequestID, id)
+		c.Response().Header().Set("X-Content-Type-Options", "nosniff")
+		return next(c)
+	}
+}
+
+func requestID(c echo.Context) string { return c.Response().Header().Get(headerRequestID) }
+
+func validRequestID(id string) bool {
+	if len(id) == 0 || len(id) > 64 {
+		return false
+	}
+	for i := range len(id) {
+		b := id[i]
+		if !(b >= 'a' && b <= 'z' || b >= 'A' && b <= 'Z' || b >= '0' && b <= '9' || b == '-' || b == '_' || b == '.') {
+			return false
+		}
+	}
+	return true
+}
+
+// observe logs and counts a request when it has been answered.
+func (s *Server) observe(next echo.HandlerFunc) echo.HandlerFunc {
+	return func(c echo.Context) error {
+		began := time.Now()
+		s.metrics.inFlight.Inc()
+		defer s.metrics.inFlight.Dec()
+		if err := next(c); err != nil {
+			c.Error(err) // answers; the status is known from here on
+		}
+		route := c.Path() // the pattern, so that ids do not become labels
+		if route == "" || route == "/*" {
+			route = "none"
+		}
+		took, status, method := time.Since(began), c.Response().Status, c.Request().Method
+		s.metrics.requests.WithLabelValues(route, method, strconv.Itoa(status)).Inc()
+		s.metrics.seconds.WithLabelValues(route, method).Observe(took.Seconds())
+		if n := c.Request().ContentLength; n > 0 {
+			s.metrics.received.WithLabelValues(route).Add(float64(n))
+		}
+		s.metrics.sent.WithLabelValues(route).Add(float64(c.Response().Size))
+		s.log.Debug("request", "request_id", requestID(c), "method", method, "path", c.Request().URL.Path, "status", status,
+			"seconds", took.Seconds(), "bytes", c.Response().Size)
+		return nil
+	}
+}
+
+// recover turns a panic into an Internal fault. The stack goes to the log.
+func (s *Server) recover(next echo.HandlerFunc) echo.HandlerFunc {
+	return func(c echo.Context) (err error) {
+		defer func() {
+			p := recover()
+			if p == nil {
+				return
+			}
+			if p == http.ErrAbortHandler {
+				panic(p) // net/http's own way to drop a connection
+			}
+			err = fault.New(fault.Internal, "panic", "handler panicked: %v\n%s", p, debug.Stack())
+		}()
+		return next(c)
+	}
+}
+
+// timed bounds how long an answer may take, and ends it with the server.
+func (s *Server) timed(next echo.HandlerFunc) echo.HandlerFunc {
+	return func(c echo.Context) error {
+		ctx, cancel := context.WithTimeout(c.Request().Context(), s.limits.RequestTimeout)
+		defer cancel()
+		c.SetRequest(c.Request().WithContext(ctx))
+		return next(c)
+	}
+}

@@ -1,0 +1,152 @@
+package server
+
+import (
+	"context"
+	_ "embed"
+	"log/slog"
+	"net/http"
+	"time"
+
+	"github.com/labstack/echo/v4"
+	"github.com/prometheus/client_golang/prometheus"
+
+	"trainerd/trainer"
+)
+
+// Limits bound one request. Zero values mean the defaults.
+type Limits struct {
+	MaxDocumentBytes int64         // of a JSON body; default 16 MiB (a sampling request carries prompts)
+	BodyTimeout      time.Duration // to receive a body; default 5 min
+	RequestTimeout   time.Duration // to answer, streams and files excepted; default 15 min
+	MaxWait          time.Duration // of a long poll; default 60 s
+	Heartbeat        time.Duration // between comments of an event stream; default 15 s
+}
+
+func (l Limits) withDefaults() Limits {
+	if l.MaxDocumentBytes <= 0 {
+		l.MaxDocumentBytes = 16 << 20
+	}
+	def := func(d *time.Duration, v time.Duration) {
+		if *d <= 0 {
+			*d = v
+		}
+	}
+	def(&l.BodyTimeout, 5*time.Minute)
+	def(&l.RequestTimeout, 15*time.Minute)
+	def(&l.MaxWait, time.Minute)
+	def(&l.Heartbeat, 15*time.Second)
+	return l
+}
+
+// Options are what a Server is made of. Manager is required.
+type Options struct {
+	Manager *trainer.Manager
+	Logger  *slog.Logger // nil: none
+	Version string
+	Limits  Limits
+	// Guard wraps every route but the probes: the place of authentication. nil: none.
+	Guard echo.MiddlewareFunc
+}
+
+// Server is the API as an http.Handler. It owns no listener.
+type Server struct {
+	echo    *echo.Echo
+	jobs    *trainer.Manager
+	log     *slog.Logger
+	limits  Limits
+	version string
+	metrics *meters
+	life    context.Context // of streams and long polls; ended by Close
+	end     context.CancelFunc
+}
+
+//go:embed openapi.json
+var openAPI []byte
+
+// OpenAPI returns the API's description.
+func OpenAPI() []byte { return openAPI }
+
+// New returns the API of a manager.
+func New(o Options) *Server {
+	if o.Logger == nil {
+		o.Logger = slog.New(slog.DiscardHandler)
+	}
+	s := &Server{echo: echo.New(), jobs: o.Manager, log: o.Logger, limits: o.Limits.withDefaults(), version: o.Version}
+	s.life, s.end = context.WithCancel(context.Background())
+	s.metrics = newMeters(o.Manager, o.Version)
+	s.echo.HideBanner, s.echo.HidePort = true, true
+	s.echo.HTTPErrorHandler = s.answerError
+	s.echo.Use(s.identify, s.observe, s.recover)
+	s.probes()
+	guard := o.Guard
+	if guard == nil {
+		guard = func(next echo.HandlerFunc) echo.HandlerFunc { return next }
+	}
+	s.routes(s.echo.Group("/v1", guard))
+	return s
+}
+
+// ServeHTTP implements http.Handler.
+func (s *Server) ServeHTTP(w http.ResponseWriter, r *http.Request) { s.echo.ServeHTTP(w, r) }
+
+// Close ends event streams and long polls, so that an http.Server can shut down.
+// Call it before http.Server.Shutdown, and Manager.Close after both.
+func (s *Server) Close() { s.end() }
+
+// Registry returns the metrics that /metrics shows, for more to be added.
+func (s *Server) Registry() *prometheus.Registry { return s.metrics.registry }
+
+// HTTPServer returns a net/http server for this API with the timeouts that fit
+// it: headers are bounded, bodies have BodyTimeout, answers may stream.
+func (s *Server) HTTPServer() *http.Server {
+	return &http.Server{Handler: s, ReadHeaderTimeout: 10 * time.Second, IdleTimeout: 2 * time.Minute, MaxHeaderBytes: 64 << 10,
+		ErrorLog: slog.NewLogLogger(s.log.Handler(), slog.LevelWarn)}
+}
+
+func (s *Server) probes() {
+	e := s.echo
+	e.GET("/healthz", func(c echo.Context) error {
+		return c.JSON(http.StatusOK, map[string]string{"status": "ok", "version": s.version})
+	})
+	e.GET("/readyz", s.ready)
+	e.GET("/metrics", echo.WrapHandler(s.metrics.handler()))
+	e.GET("/openapi.json", func(c echo.Context) error { return c.JSONBlob(http.StatusOK, openAPI) })
+}
+
+func (s *Server) routes(v1 *echo.Group) {
+	timed := s.timed
+	v1.POST("/jobs", s.createJob, timed)
+	v1.GET("/jobs", s.listJobs, timed)
+	v1.GET("/jobs/:job", s.getJob, timed)
+	v1.DELETE("/jobs/:job", s.cancelJob, timed)
+	v1.POST("/jobs/:job/pause", s.pauseJob, timed)
+	v1.POST("/jobs/:job/resume", s.resumeJob, timed)
+	v1.POST("/jobs/:job/flush", s.flushJob, timed)
+	v1.POST("/jobs/:job/rollouts", s.postRollouts, timed)
+	v1.GET("/jobs/:job/batches/:batch", s.getBatch, timed)
+	v1.POST("/jobs/:job/sample", s.sample, timed)
+	v1.POST("/jobs/:job/logprobs", s.logProbs, timed)
+	v1.GET("/jobs/:job/steps", s.steps, timed)
+	v1.GET("/jobs/:job/metrics", s.stepMetrics, timed)
+	v1.GET("/jobs/:job/events", s.events)
+	v1.POST("/jobs/:job/checkpoints", s.publish, timed)
+	v1.GET("/jobs/:job/checkpoints", s.listCheckpoints, timed)
+	v1.GET("/jobs/:job/checkpoints/latest", s.latestCheckpoint, timed)
+	v1.GET("/jobs/:job/checkpoints/:step", s.getCheckpoint, timed)
+	v1.GET("/jobs/:job/checkpoints/:step/files/*", s.checkpointFile)
+	v1.HEAD("/jobs/:job/checkpoints/:step/files/*", s.checkpointFile)
+}
+
+func (s *Server) ready(c echo.Context) error {
+	ctx, cancel := context.WithTimeout(c.Request().Context(), 5*time.Second)
+	defer cancel()
+	if err := s.jobs.Ready(ctx); err != nil {
+		return err
+	}
+	return c.JSON(http.StatusOK, map[string]string{"status": "ready"})
+}
+
+// job finds the job that a path names.
+func (s *Server) job(c echo.Context) (*trainer.Job, error) {
+	return s.jobs.Job(trainer.JobID(c.Param("job")))
+}
