@@ -109,6 +109,9 @@ func (s *Store) Put(ctx context.Context, key string, r io.Reader, size int64, c 
 }
 
 func (s *Store) put(ctx context.Context, key string, r io.Reader, c storage.Condition) (storage.Info, error) {
+	if err := ctx.Err(); err != nil {
+		return storage.Info{}, err
+	}
 	// Ahead of the upload: a condition that fails already need not read the source.
 	if err := s.holds(key, c); err != nil {
 		return storage.Info{}, err
