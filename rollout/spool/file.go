@@ -1,0 +1,110 @@
+package spool
+
+import (
+	"fmt"
+	"io"
+	"os"
+	"path/filepath"
+	"syscall"
+)
+
+// file is an open segment.
+type file interface {
+	io.ReaderAt
+	io.WriterAt
+	Size() (int64, error)
+	Truncate(size int64) error
+	Sync() error
+	io.Closer
+}
+
+// disk is the directory of a log. Creations and removals are durable after Sync.
+type disk interface {
+	Names() ([]string, error)
+	Create(name string) (file, error) // fails when it exists
+	Open(name string) (file, error)
+	Remove(name string) error
+	Sync() error
+	io.Closer
+}
+
+// osDisk is a real directory, locked against a second process.
+type osDisk struct {
+	dir  string
+	lock *os.File
+}
+
+// lockName is a file that is locked while the log is open. It is not a segment.
+const lockName = "lock"
+
+func openDisk(dir string) (*osDisk, error) {
+	if err := os.MkdirAll(dir, 0o755); err != nil {
+		return nil, err
+	}
+	if err := syncDir(filepath.Dir(dir)); err != nil {
+		return nil, err
+	}
+	lock, err := os.OpenFile(filepath.Join(dir, lockName), os.O_RDWR|os.O_CREATE, 0o644)
+	if err != nil {
+		return nil, err
+	}
+	if err := syscall.Flock(int(lock.Fd()), syscall.LOCK_EX|syscall.LOCK_NB); err != nil {
+		lock.Close()
+		return nil, fmt.Errorf("lock %s: another process has the log open: %w", lock.Name(), err)
+	}
+	return &osDisk{dir: dir, lock: lock}, nil
+}
+
+func (d *osDisk) Names() ([]string, error) {
+	entries, err := os.ReadDir(d.dir)
+	if err != nil {
+		return nil, err
+	}
+	var names []string
+	for _, e := range entries {
+		names = append(names, e.Name())
+	}
+	return names, nil
+}
+
+func (d *osDisk) Create(name string) (file, error) {
+	return open(filepath.Join(d.dir, name), os.O_RDWR|os.O_CREATE|os.O_EXCL)
+}
+
+func (d *osDisk) Open(name string) (file, error) {
+	return open(filepath.Join(d.dir, name), os.O_RDWR)
+}
+
+func open(path string, flags int) (file, error) {
+	f, err := os.OpenFile(path, flags, 0o644)
+	if err != nil {
+		return nil, err
+	}
+	return osFile{f}, nil
+}
+
+func (d *osDisk) Remove(name string) error { return os.Remove(filepath.Join(d.dir, name)) }
+func (d *osDisk) Sync() error              { return syncDir(d.dir) }
+func (d *osDisk) Close() error             { return d.lock.Close() }
+
+type osFile struct{ *os.File }
+
+func (f osFile) Size() (int64, error) {
+	info, err := f.Stat()
+	if err != nil {
+		return 0, err
+	}
+	return info.Size(), nil
+}
+
+func syncDir(dir string) error {
+	d, err := os.Open(dir)
+	if err != nil {
+		return err
+	}
+	if err := d.Sync(); err != nil {
+		d.Close()
+		return err
+	}
+	return d.Close()
+}
