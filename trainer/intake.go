@@ -1,7 +1,6 @@
 package trainer
 
 import (
-	"bytes"
 	"context"
 	"crypto/sha256"
 	"encoding/hex"
@@ -148,7 +147,7 @@ func (j *Job) decodeBatch(ctx context.Context, body []byte, s rollout.Schema, l 
 		return nil, ctx.Err()
 	}
 	defer func() { <-j.m.decode }()
-	return arrowio.Decode(bytes.NewReader(body), s, l)
+	return arrowio.DecodeBytes(body, s, l)
 }
 
 // check says whether a decoded batch may enter the queue now. Called with intake held.
@@ -211,7 +210,7 @@ func (j *Job) apply(r spool.Record) error {
 		// It was accepted under the limits of its day.
 		l := rollout.Limits{MaxBytes: math.MaxInt32, MaxRows: math.MaxInt32, MaxTokens: math.MaxInt32, MaxPromptTokens: math.MaxInt32,
 			MaxCompletionTokens: math.MaxInt32, Vocab: j.rec.Model.Vocab}
-		b, err := arrowio.Decode(bytes.NewReader(r.Body), j.schema(), l)
+		b, err := arrowio.DecodeBytes(r.Body, j.schema(), l)
 		if err != nil {
 			return fmt.Errorf("read spool record %d: %w", r.Seq, err)
 		}

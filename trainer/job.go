@@ -276,6 +276,7 @@ func (j *Job) note(err error) {
 // unload frees the job's device memory. It may be called again.
 func (j *Job) unload(ctx context.Context) {
 	err := j.m.exec.Do(context.WithoutCancel(ctx), lane{j.ID, laneTrain}, func() error {
+		defer j.m.release(j.ID)
 		defer j.loaded.Store(false)
 		j.engine = nil
 		if j.model == nil {

@@ -161,11 +161,9 @@ func (b *baseModel) open(spec *Spec) error {
 			Fields: []fault.Field{{Name: "model.source", Row: -1, Got: b.source, Expected: "a readable Hugging Face directory"}}}
 	}
 	b.dir = dir
-	if b.configJSON, err = os.ReadFile(filepath.Join(b.path, "config.json")); err == nil {
-		b.carried, err = dir.Carried()
-	}
-	if err != nil {
-		return fault.New(fault.Invalid, "invalid_model", "read model directory: %w", err)
+	b.configJSON = dir.ConfigJSON()
+	if b.carried, err = dir.Carried(); err != nil {
+		return fmt.Errorf("open model.source: %w", err)
 	}
 	b.dtype = spec.Checkpoint.DType
 	if b.dtype == "source" {
@@ -195,8 +193,8 @@ func (s *Spec) modelOptions() model.Options {
 	return o
 }
 
-// fit makes sure that the device has room for a job and reserves it until the
-// job is loaded. Finished jobs give theirs up, oldest first, before a job is refused.
+// fit makes sure that the device has room for a job and reserves it for as long
+// as the job is loaded. Finished jobs give theirs up, oldest first, before a job is refused.
 func (m *Manager) fit(ctx context.Context, id JobID, spec *Spec, base *baseModel) error {
 	for {
 		var plan kernels.Plan
@@ -208,11 +206,7 @@ func (m *Manager) fit(ctx context.Context, id JobID, spec *Spec, base *baseModel
 			return fmt.Errorf("plan memory: %w", err)
 		}
 		m.mu.Lock()
-		for other, bytes := range m.reserved {
-			if other != id {
-				plan.Free -= bytes
-			}
-		}
+		plan.Free = m.room(id, plan.Free)
 		if plan.Fits() {
 			m.reserved[id] = plan.Total
 			m.mu.Unlock()
@@ -223,6 +217,24 @@ func (m *Manager) fit(ctx context.Context, id JobID, spec *Spec, base *baseModel
 			return m.refuse(ctx, id, spec, base, plan)
 		}
 	}
+}
+
+// room is what a job may plan with: what the device says is free less what is
+// promised to jobs that have not allocated it yet, and never more than the
+// budget less all promises, since memory that a job has allocated and not
+// touched may still look free. Called with mu held.
+func (m *Manager) room(id JobID, free int64) int64 {
+	left := m.budget
+	for other, bytes := range m.reserved {
+		if other == id {
+			continue
+		}
+		left -= bytes
+		if j := m.jobs[other]; j == nil || !j.loaded.Load() {
+			free -= bytes
+		}
+	}
+	return max(0, min(free, left))
 }
 
 // release gives a reservation back.

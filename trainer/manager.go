@@ -84,7 +84,8 @@ type Manager struct {
 
 	mu       sync.Mutex
 	jobs     map[JobID]*Job
-	reserved map[JobID]int64 // bytes promised to jobs that are about to load
+	reserved map[JobID]int64 // planned bytes of jobs that are loaded or about to be
+	budget   int64           // bytes that were free when the manager began
 	closing  bool
 	closed   chan struct{}  // closed when Close begins
 	running  sync.WaitGroup // goroutines of jobs
@@ -116,6 +117,7 @@ func NewManager(o Options) (*Manager, error) {
 		jobs: map[JobID]*Job{}, reserved: map[JobID]int64{}, closed: make(chan struct{}),
 	}
 	m.life, m.kill = context.WithCancel(context.Background())
+	m.budget = o.Device.Info().MemFree
 	slices.SortFunc(found, func(a, b jobRecord) int { return a.Created.Compare(b.Created) })
 	for _, rec := range found {
 		j, err := m.newJob(rec)

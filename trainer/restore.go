@@ -25,7 +25,6 @@ func (j *Job) load(ctx context.Context, base *baseModel, restored bool) (snap *s
 		}
 	}
 	defer base.close()
-	defer j.m.release(j.ID)
 	if base.pull != nil {
 		j.m.log.Info("pulling the base model", "job", j.ID, "source", base.source)
 		if err := base.pull(ctx, base.path); err != nil {
@@ -122,7 +121,6 @@ func (j *Job) place(ctx context.Context, base *baseModel, snap *storage.Manifest
 		src = opened
 	}
 	return j.m.exec.Do(ctx, lane{j.ID, laneTrain}, func() (err error) {
-		j.m.release(j.ID)
 		j.model, err = model.Load(ctx, j.m.opts.Device, src, j.spec.modelOptions())
 		if err != nil {
 			j.model = nil

@@ -45,7 +45,7 @@ func (j *Job) run(ctx context.Context, base *baseModel, restored bool) {
 		j.fail(err)
 	}
 	if s := j.State(); s == Failed || s == Cancelled {
-		j.unload(ctx)
+		j.unload(ctx) // and give the reservation back
 	}
 }
 
