@@ -40,7 +40,7 @@ store:
 	RET
 
 // func gemm512R1x1(k int, a *float32, lda int, b *float32, ldb int, c *float32, ldc int, mask uint32, load uint32)
-// Requires: AVX, AVX512F, MMX+
+// Requires: AVX, AVX512F, CMOV, MMX+
 TEXT ·gemm512R1x1(SB), NOSPLIT, $0-64
 	VPXORD     Z0, Z0, Z0
 	MOVL       mask+56(FP), AX
@@ -54,13 +54,22 @@ TEXT ·gemm512R1x1(SB), NOSPLIT, $0-64
 	MOVQ       b+24(FP), DX
 	MOVQ       ldb+32(FP), BX
 
+ahead:
+	PREFETCHT0 192(CX)
+	MOVQ       $0x00000010, SI
+	CMPQ       SI, AX
+	CMOVQGT    AX, SI
+	SUBQ       SI, AX
+
 loop:
 	VMOVUPS.Z        (DX), K1, Z1
 	VFMADD231PS.BCST (CX), Z1, Z0
 	ADDQ             $0x04, CX
 	ADDQ             BX, DX
-	DECQ             AX
+	DECQ             SI
 	JNZ              loop
+	TESTQ            AX, AX
+	JNZ              ahead
 	MOVQ             c+40(FP), AX
 	MOVQ             ldc+48(FP), CX
 	MOVL             load+60(FP), DX
@@ -122,7 +131,7 @@ store:
 	RET
 
 // func gemm512R2x1(k int, a *float32, lda int, b *float32, ldb int, c *float32, ldc int, mask uint32, load uint32)
-// Requires: AVX, AVX512F, MMX+
+// Requires: AVX, AVX512F, CMOV, MMX+
 TEXT ·gemm512R2x1(SB), NOSPLIT, $0-64
 	VPXORD     Z0, Z0, Z0
 	VPXORD     Z1, Z1, Z1
@@ -139,14 +148,24 @@ TEXT ·gemm512R2x1(SB), NOSPLIT, $0-64
 	MOVQ       b+24(FP), BX
 	MOVQ       ldb+32(FP), SI
 
+ahead:
+	PREFETCHT0 192(CX)
+	PREFETCHT0 192(CX)(DX*1)
+	MOVQ       $0x00000010, DI
+	CMPQ       DI, AX
+	CMOVQGT    AX, DI
+	SUBQ       DI, AX
+
 loop:
 	VMOVUPS.Z        (BX), K1, Z2
 	VFMADD231PS.BCST (CX), Z2, Z0
 	VFMADD231PS.BCST (CX)(DX*1), Z2, Z1
 	ADDQ             $0x04, CX
 	ADDQ             SI, BX
-	DECQ             AX
+	DECQ             DI
 	JNZ              loop
+	TESTQ            AX, AX
+	JNZ              ahead
 	MOVQ             c+40(FP), AX
 	MOVQ             ldc+48(FP), CX
 	MOVL             load+60(FP), DX
@@ -220,7 +239,7 @@ store:
 	RET
 
 // func gemm512R3x1(k int, a *float32, lda int, b *float32, ldb int, c *float32, ldc int, mask uint32, load uint32)
-// Requires: AVX, AVX512F, MMX+
+// Requires: AVX, AVX512F, CMOV, MMX+
 TEXT ·gemm512R3x1(SB), NOSPLIT, $0-64
 	VPXORD     Z0, Z0, Z0
 	VPXORD     Z1, Z1, Z1
@@ -240,6 +259,15 @@ TEXT ·gemm512R3x1(SB), NOSPLIT, $0-64
 	MOVQ       b+24(FP), BX
 	MOVQ       ldb+32(FP), SI
 
+ahead:
+	PREFETCHT0 192(CX)
+	PREFETCHT0 192(CX)(DX*1)
+	PREFETCHT0 192(CX)(DX*2)
+	MOVQ       $0x00000010, DI
+	CMPQ       DI, AX
+	CMOVQGT    AX, DI
+	SUBQ       DI, AX
+
 loop:
 	VMOVUPS.Z        (BX), K1, Z3
 	VFMADD231PS.BCST (CX), Z3, Z0
@@ -247,8 +275,10 @@ loop:
 	VFMADD231PS.BCST (CX)(DX*2), Z3, Z2
 	ADDQ             $0x04, CX
 	ADDQ             SI, BX
-	DECQ             AX
+	DECQ             DI
 	JNZ              loop
+	TESTQ            AX, AX
+	JNZ              ahead
 	MOVQ             c+40(FP), AX
 	MOVQ             ldc+48(FP), CX
 	MOVL             load+60(FP), DX
@@ -334,7 +364,7 @@ store:
 	RET
 
 // func gemm512R4x1(k int, a *float32, lda int, b *float32, ldb int, c *float32, ldc int, mask uint32, load uint32)
-// Requires: AVX, AVX512F, MMX+
+// Requires: AVX, AVX512F, CMOV, MMX+
 TEXT ·gemm512R4x1(SB), NOSPLIT, $0-64
 	VPXORD     Z0, Z0, Z0
 	VPXORD     Z1, Z1, Z1
@@ -358,6 +388,16 @@ TEXT ·gemm512R4x1(SB), NOSPLIT, $0-64
 	MOVQ       ldb+32(FP), SI
 	LEAQ       (DX)(DX*2), DI
 
+ahead:
+	PREFETCHT0 192(CX)
+	PREFETCHT0 192(CX)(DX*1)
+	PREFETCHT0 192(CX)(DX*2)
+	PREFETCHT0 192(CX)(DI*1)
+	MOVQ       $0x00000010, R8
+	CMPQ       R8, AX
+	CMOVQGT    AX, R8
+	SUBQ       R8, AX
+
 loop:
 	VMOVUPS.Z        (BX), K1, Z4
 	VFMADD231PS.BCST (CX), Z4, Z0
@@ -366,8 +406,10 @@ loop:
 	VFMADD231PS.BCST (CX)(DI*1), Z4, Z3
 	ADDQ             $0x04, CX
 	ADDQ             SI, BX
-	DECQ             AX
+	DECQ             R8
 	JNZ              loop
+	TESTQ            AX, AX
+	JNZ              ahead
 	MOVQ             c+40(FP), AX
 	MOVQ             ldc+48(FP), CX
 	MOVL             load+60(FP), DX
@@ -465,7 +507,7 @@ store:
 	RET
 
 // func gemm512R5x1(k int, a *float32, lda int, b *float32, ldb int, c *float32, ldc int, mask uint32, load uint32)
-// Requires: AVX, AVX512F, MMX+
+// Requires: AVX, AVX512F, CMOV, MMX+
 TEXT ·gemm512R5x1(SB), NOSPLIT, $0-64
 	VPXORD     Z0, Z0, Z0
 	VPXORD     Z1, Z1, Z1
@@ -492,6 +534,17 @@ TEXT ·gemm512R5x1(SB), NOSPLIT, $0-64
 	MOVQ       ldb+32(FP), SI
 	LEAQ       (DX)(DX*2), DI
 
+ahead:
+	PREFETCHT0 192(CX)
+	PREFETCHT0 192(CX)(DX*1)
+	PREFETCHT0 192(CX)(DX*2)
+	PREFETCHT0 192(CX)(DI*1)
+	PREFETCHT0 192(CX)(DX*4)
+	MOVQ       $0x00000010, R8
+	CMPQ       R8, AX
+	CMOVQGT    AX, R8
+	SUBQ       R8, AX
+
 loop:
 	VMOVUPS.Z        (BX), K1, Z5
 	VFMADD231PS.BCST (CX), Z5, Z0
@@ -501,8 +554,10 @@ loop:
 	VFMADD231PS.BCST (CX)(DX*4), Z5, Z4
 	ADDQ             $0x04, CX
 	ADDQ             SI, BX
-	DECQ             AX
+	DECQ             R8
 	JNZ              loop
+	TESTQ            AX, AX
+	JNZ              ahead
 	MOVQ             c+40(FP), AX
 	MOVQ             ldc+48(FP), CX
 	MOVL             load+60(FP), DX
@@ -612,7 +667,7 @@ store:
 	RET
 
 // func gemm512R6x1(k int, a *float32, lda int, b *float32, ldb int, c *float32, ldc int, mask uint32, load uint32)
-// Requires: AVX, AVX512F, MMX+
+// Requires: AVX, AVX512F, CMOV, MMX+
 TEXT ·gemm512R6x1(SB), NOSPLIT, $0-64
 	VPXORD     Z0, Z0, Z0
 	VPXORD     Z1, Z1, Z1
@@ -643,6 +698,18 @@ TEXT ·gemm512R6x1(SB), NOSPLIT, $0-64
 	LEAQ       (DX)(DX*2), DI
 	LEAQ       (DI)(DX*2), R8
 
+ahead:
+	PREFETCHT0 192(CX)
+	PREFETCHT0 192(CX)(DX*1)
+	PREFETCHT0 192(CX)(DX*2)
+	PREFETCHT0 192(CX)(DI*1)
+	PREFETCHT0 192(CX)(DX*4)
+	PREFETCHT0 192(CX)(R8*1)
+	MOVQ       $0x00000010, R9
+	CMPQ       R9, AX
+	CMOVQGT    AX, R9
+	SUBQ       R9, AX
+
 loop:
 	VMOVUPS.Z        (BX), K1, Z6
 	VFMADD231PS.BCST (CX), Z6, Z0
@@ -653,8 +720,10 @@ loop:
 	VFMADD231PS.BCST (CX)(R8*1), Z6, Z5
 	ADDQ             $0x04, CX
 	ADDQ             SI, BX
-	DECQ             AX
+	DECQ             R9
 	JNZ              loop
+	TESTQ            AX, AX
+	JNZ              ahead
 	MOVQ             c+40(FP), AX
 	MOVQ             ldc+48(FP), CX
 	MOVL             load+60(FP), DX
@@ -776,7 +845,7 @@ store:
 	RET
 
 // func gemm512R7x1(k int, a *float32, lda int, b *float32, ldb int, c *float32, ldc int, mask uint32, load uint32)
-// Requires: AVX, AVX512F, MMX+
+// Requires: AVX, AVX512F, CMOV, MMX+
 TEXT ·gemm512R7x1(SB), NOSPLIT, $0-64
 	VPXORD     Z0, Z0, Z0
 	VPXORD     Z1, Z1, Z1
@@ -810,6 +879,19 @@ TEXT ·gemm512R7x1(SB), NOSPLIT, $0-64
 	LEAQ       (DX)(DX*2), DI
 	LEAQ       (DI)(DX*2), R8
 
+ahead:
+	PREFETCHT0 192(CX)
+	PREFETCHT0 192(CX)(DX*1)
+	PREFETCHT0 192(CX)(DX*2)
+	PREFETCHT0 192(CX)(DI*1)
+	PREFETCHT0 192(CX)(DX*4)
+	PREFETCHT0 192(CX)(R8*1)
+	PREFETCHT0 192(CX)(DI*2)
+	MOVQ       $0x00000010, R9
+	CMPQ       R9, AX
+	CMOVQGT    AX, R9
+	SUBQ       R9, AX
+
 loop:
 	VMOVUPS.Z        (BX), K1, Z7
 	VFMADD231PS.BCST (CX), Z7, Z0
@@ -821,8 +903,10 @@ loop:
 	VFMADD231PS.BCST (CX)(DI*2), Z7, Z6
 	ADDQ             $0x04, CX
 	ADDQ             SI, BX
-	DECQ             AX
+	DECQ             R9
 	JNZ              loop
+	TESTQ            AX, AX
+	JNZ              ahead
 	MOVQ             c+40(FP), AX
 	MOVQ             ldc+48(FP), CX
 	MOVL             load+60(FP), DX
@@ -956,7 +1040,7 @@ store:
 	RET
 
 // func gemm512R8x1(k int, a *float32, lda int, b *float32, ldb int, c *float32, ldc int, mask uint32, load uint32)
-// Requires: AVX, AVX512F, MMX+
+// Requires: AVX, AVX512F, CMOV, MMX+
 TEXT ·gemm512R8x1(SB), NOSPLIT, $0-64
 	VPXORD     Z0, Z0, Z0
 	VPXORD     Z1, Z1, Z1
@@ -994,6 +1078,20 @@ TEXT ·gemm512R8x1(SB), NOSPLIT, $0-64
 	LEAQ       (DI)(DX*2), R8
 	LEAQ       (R8)(DX*2), R9
 
+ahead:
+	PREFETCHT0 192(CX)
+	PREFETCHT0 192(CX)(DX*1)
+	PREFETCHT0 192(CX)(DX*2)
+	PREFETCHT0 192(CX)(DI*1)
+	PREFETCHT0 192(CX)(DX*4)
+	PREFETCHT0 192(CX)(R8*1)
+	PREFETCHT0 192(CX)(DI*2)
+	PREFETCHT0 192(CX)(R9*1)
+	MOVQ       $0x00000010, R10
+	CMPQ       R10, AX
+	CMOVQGT    AX, R10
+	SUBQ       R10, AX
+
 loop:
 	VMOVUPS.Z        (BX), K1, Z8
 	VFMADD231PS.BCST (CX), Z8, Z0
@@ -1006,8 +1104,10 @@ loop:
 	VFMADD231PS.BCST (CX)(R9*1), Z8, Z7
 	ADDQ             $0x04, CX
 	ADDQ             SI, BX
-	DECQ             AX
+	DECQ             R10
 	JNZ              loop
+	TESTQ            AX, AX
+	JNZ              ahead
 	MOVQ             c+40(FP), AX
 	MOVQ             ldc+48(FP), CX
 	MOVL             load+60(FP), DX
@@ -1153,7 +1253,7 @@ store:
 	RET
 
 // func gemm512R9x1(k int, a *float32, lda int, b *float32, ldb int, c *float32, ldc int, mask uint32, load uint32)
-// Requires: AVX, AVX512F, MMX+
+// Requires: AVX, AVX512F, CMOV, MMX+
 TEXT ·gemm512R9x1(SB), NOSPLIT, $0-64
 	VPXORD     Z0, Z0, Z0
 	VPXORD     Z1, Z1, Z1
@@ -1194,6 +1294,21 @@ TEXT ·gemm512R9x1(SB), NOSPLIT, $0-64
 	LEAQ       (DI)(DX*2), R8
 	LEAQ       (R8)(DX*2), R9
 
+ahead:
+	PREFETCHT0 192(CX)
+	PREFETCHT0 192(CX)(DX*1)
+	PREFETCHT0 192(CX)(DX*2)
+	PREFETCHT0 192(CX)(DI*1)
+	PREFETCHT0 192(CX)(DX*4)
+	PREFETCHT0 192(CX)(R8*1)
+	PREFETCHT0 192(CX)(DI*2)
+	PREFETCHT0 192(CX)(R9*1)
+	PREFETCHT0 192(CX)(DX*8)
+	MOVQ       $0x00000010, R10
+	CMPQ       R10, AX
+	CMOVQGT    AX, R10
+	SUBQ       R10, AX
+
 loop:
 	VMOVUPS.Z        (BX), K1, Z9
 	VFMADD231PS.BCST (CX), Z9, Z0
@@ -1207,8 +1322,10 @@ loop:
 	VFMADD231PS.BCST (CX)(DX*8), Z9, Z8
 	ADDQ             $0x04, CX
 	ADDQ             SI, BX
-	DECQ             AX
+	DECQ             R10
 	JNZ              loop
+	TESTQ            AX, AX
+	JNZ              ahead
 	MOVQ             c+40(FP), AX
 	MOVQ             ldc+48(FP), CX
 	MOVL             load+60(FP), DX
@@ -1366,7 +1483,7 @@ store:
 	RET
 
 // func gemm512R10x1(k int, a *float32, lda int, b *float32, ldb int, c *float32, ldc int, mask uint32, load uint32)
-// Requires: AVX, AVX512F, MMX+
+// Requires: AVX, AVX512F, CMOV, MMX+
 TEXT ·gemm512R10x1(SB), NOSPLIT, $0-64
 	VPXORD     Z0, Z0, Z0
 	VPXORD     Z1, Z1, Z1
@@ -1411,6 +1528,22 @@ TEXT ·gemm512R10x1(SB), NOSPLIT, $0-64
 	LEAQ       (R8)(DX*2), R9
 	LEAQ       (R9)(DX*2), R10
 
+ahead:
+	PREFETCHT0 192(CX)
+	PREFETCHT0 192(CX)(DX*1)
+	PREFETCHT0 192(CX)(DX*2)
+	PREFETCHT0 192(CX)(DI*1)
+	PREFETCHT0 192(CX)(DX*4)
+	PREFETCHT0 192(CX)(R8*1)
+	PREFETCHT0 192(CX)(DI*2)
+	PREFETCHT0 192(CX)(R9*1)
+	PREFETCHT0 192(CX)(DX*8)
+	PREFETCHT0 192(CX)(R10*1)
+	MOVQ       $0x00000010, R11
+	CMPQ       R11, AX
+	CMOVQGT    AX, R11
+	SUBQ       R11, AX
+
 loop:
 	VMOVUPS.Z        (BX), K1, Z10
 	VFMADD231PS.BCST (CX), Z10, Z0
@@ -1425,8 +1558,10 @@ loop:
 	VFMADD231PS.BCST (CX)(R10*1), Z10, Z9
 	ADDQ             $0x04, CX
 	ADDQ             SI, BX
-	DECQ             AX
+	DECQ             R11
 	JNZ              loop
+	TESTQ            AX, AX
+	JNZ              ahead
 	MOVQ             c+40(FP), AX
 	MOVQ             ldc+48(FP), CX
 	MOVL             load+60(FP), DX
@@ -1596,7 +1731,7 @@ store:
 	RET
 
 // func gemm512R11x1(k int, a *float32, lda int, b *float32, ldb int, c *float32, ldc int, mask uint32, load uint32)
-// Requires: AVX, AVX512F, MMX+
+// Requires: AVX, AVX512F, CMOV, MMX+
 TEXT ·gemm512R11x1(SB), NOSPLIT, $0-64
 	VPXORD     Z0, Z0, Z0
 	VPXORD     Z1, Z1, Z1
@@ -1644,6 +1779,23 @@ TEXT ·gemm512R11x1(SB), NOSPLIT, $0-64
 	LEAQ       (R8)(DX*2), R9
 	LEAQ       (R9)(DX*2), R10
 
+ahead:
+	PREFETCHT0 192(CX)
+	PREFETCHT0 192(CX)(DX*1)
+	PREFETCHT0 192(CX)(DX*2)
+	PREFETCHT0 192(CX)(DI*1)
+	PREFETCHT0 192(CX)(DX*4)
+	PREFETCHT0 192(CX)(R8*1)
+	PREFETCHT0 192(CX)(DI*2)
+	PREFETCHT0 192(CX)(R9*1)
+	PREFETCHT0 192(CX)(DX*8)
+	PREFETCHT0 192(CX)(R10*1)
+	PREFETCHT0 192(CX)(R8*2)
+	MOVQ       $0x00000010, R11
+	CMPQ       R11, AX
+	CMOVQGT    AX, R11
+	SUBQ       R11, AX
+
 loop:
 	VMOVUPS.Z        (BX), K1, Z11
 	VFMADD231PS.BCST (CX), Z11, Z0
@@ -1659,8 +1811,10 @@ loop:
 	VFMADD231PS.BCST (CX)(R8*2), Z11, Z10
 	ADDQ             $0x04, CX
 	ADDQ             SI, BX
-	DECQ             AX
+	DECQ             R11
 	JNZ              loop
+	TESTQ            AX, AX
+	JNZ              ahead
 	MOVQ             c+40(FP), AX
 	MOVQ             ldc+48(FP), CX
 	MOVL             load+60(FP), DX
@@ -1842,7 +1996,7 @@ store:
 	RET
 
 // func gemm512R12x1(k int, a *float32, lda int, b *float32, ldb int, c *float32, ldc int, mask uint32, load uint32)
-// Requires: AVX, AVX512F, MMX+
+// Requires: AVX, AVX512F, CMOV, MMX+
 TEXT ·gemm512R12x1(SB), NOSPLIT, $0-64
 	VPXORD     Z0, Z0, Z0
 	VPXORD     Z1, Z1, Z1
@@ -1894,6 +2048,24 @@ TEXT ·gemm512R12x1(SB), NOSPLIT, $0-64
 	LEAQ       (R9)(DX*2), R10
 	LEAQ       (R10)(DX*2), R11
 
+ahead:
+	PREFETCHT0 192(CX)
+	PREFETCHT0 192(CX)(DX*1)
+	PREFETCHT0 192(CX)(DX*2)
+	PREFETCHT0 192(CX)(DI*1)
+	PREFETCHT0 192(CX)(DX*4)
+	PREFETCHT0 192(CX)(R8*1)
+	PREFETCHT0 192(CX)(DI*2)
+	PREFETCHT0 192(CX)(R9*1)
+	PREFETCHT0 192(CX)(DX*8)
+	PREFETCHT0 192(CX)(R10*1)
+	PREFETCHT0 192(CX)(R8*2)
+	PREFETCHT0 192(CX)(R11*1)
+	MOVQ       $0x00000010, R12
+	CMPQ       R12, AX
+	CMOVQGT    AX, R12
+	SUBQ       R12, AX
+
 loop:
 	VMOVUPS.Z        (BX), K1, Z12
 	VFMADD231PS.BCST (CX), Z12, Z0
@@ -1910,8 +2082,10 @@ loop:
 	VFMADD231PS.BCST (CX)(R11*1), Z12, Z11
 	ADDQ             $0x04, CX
 	ADDQ             SI, BX
-	DECQ             AX
+	DECQ             R12
 	JNZ              loop
+	TESTQ            AX, AX
+	JNZ              ahead
 	MOVQ             c+40(FP), AX
 	MOVQ             ldc+48(FP), CX
 	MOVL             load+60(FP), DX
@@ -2105,7 +2279,7 @@ store:
 	RET
 
 // func gemm512R13x1(k int, a *float32, lda int, b *float32, ldb int, c *float32, ldc int, mask uint32, load uint32)
-// Requires: AVX, AVX512F, MMX+
+// Requires: AVX, AVX512F, CMOV, MMX+
 TEXT ·gemm512R13x1(SB), NOSPLIT, $0-64
 	VPXORD     Z0, Z0, Z0
 	VPXORD     Z1, Z1, Z1
@@ -2160,6 +2334,25 @@ TEXT ·gemm512R13x1(SB), NOSPLIT, $0-64
 	LEAQ       (R9)(DX*2), R10
 	LEAQ       (R10)(DX*2), R11
 
+ahead:
+	PREFETCHT0 192(CX)
+	PREFETCHT0 192(CX)(DX*1)
+	PREFETCHT0 192(CX)(DX*2)
+	PREFETCHT0 192(CX)(DI*1)
+	PREFETCHT0 192(CX)(DX*4)
+	PREFETCHT0 192(CX)(R8*1)
+	PREFETCHT0 192(CX)(DI*2)
+	PREFETCHT0 192(CX)(R9*1)
+	PREFETCHT0 192(CX)(DX*8)
+	PREFETCHT0 192(CX)(R10*1)
+	PREFETCHT0 192(CX)(R8*2)
+	PREFETCHT0 192(CX)(R11*1)
+	PREFETCHT0 192(CX)(DI*4)
+	MOVQ       $0x00000010, R12
+	CMPQ       R12, AX
+	CMOVQGT    AX, R12
+	SUBQ       R12, AX
+
 loop:
 	VMOVUPS.Z        (BX), K1, Z13
 	VFMADD231PS.BCST (CX), Z13, Z0
@@ -2177,8 +2370,10 @@ loop:
 	VFMADD231PS.BCST (CX)(DI*4), Z13, Z12
 	ADDQ             $0x04, CX
 	ADDQ             SI, BX
-	DECQ             AX
+	DECQ             R12
 	JNZ              loop
+	TESTQ            AX, AX
+	JNZ              ahead
 	MOVQ             c+40(FP), AX
 	MOVQ             ldc+48(FP), CX
 	MOVL             load+60(FP), DX
@@ -2384,7 +2579,7 @@ store:
 	RET
 
 // func gemm512R14x1(k int, a *float32, lda int, b *float32, ldb int, c *float32, ldc int, mask uint32, load uint32)
-// Requires: AVX, AVX512F, MMX+
+// Requires: AVX, AVX512F, CMOV, MMX+
 TEXT ·gemm512R14x1(SB), NOSPLIT, $0-64
 	VPXORD     Z0, Z0, Z0
 	VPXORD     Z1, Z1, Z1
@@ -2443,6 +2638,26 @@ TEXT ·gemm512R14x1(SB), NOSPLIT, $0-64
 	LEAQ       (R10)(DX*2), R11
 	LEAQ       (R11)(DX*2), R12
 
+ahead:
+	PREFETCHT0 192(CX)
+	PREFETCHT0 192(CX)(DX*1)
+	PREFETCHT0 192(CX)(DX*2)
+	PREFETCHT0 192(CX)(DI*1)
+	PREFETCHT0 192(CX)(DX*4)
+	PREFETCHT0 192(CX)(R8*1)
+	PREFETCHT0 192(CX)(DI*2)
+	PREFETCHT0 192(CX)(R9*1)
+	PREFETCHT0 192(CX)(DX*8)
+	PREFETCHT0 192(CX)(R10*1)
+	PREFETCHT0 192(CX)(R8*2)
+	PREFETCHT0 192(CX)(R11*1)
+	PREFETCHT0 192(CX)(DI*4)
+	PREFETCHT0 192(CX)(R12*1)
+	MOVQ       $0x00000010, R13
+	CMPQ       R13, AX
+	CMOVQGT    AX, R13
+	SUBQ       R13, AX
+
 loop:
 	VMOVUPS.Z        (BX), K1, Z14
 	VFMADD231PS.BCST (CX), Z14, Z0
@@ -2461,8 +2676,10 @@ loop:
 	VFMADD231PS.BCST (CX)(R12*1), Z14, Z13
 	ADDQ             $0x04, CX
 	ADDQ             SI, BX
-	DECQ             AX
+	DECQ             R13
 	JNZ              loop
+	TESTQ            AX, AX
+	JNZ              ahead
 	MOVQ             c+40(FP), AX
 	MOVQ             ldc+48(FP), CX
 	MOVL             load+60(FP), DX
@@ -2564,7 +2781,7 @@ store:
 	RET
 
 // func gemm2R1x1(k int, a *float32, lda int, b *float32, ldb int, c *float32, ldc int, load uint32)
-// Requires: AVX, FMA3
+// Requires: AVX, CMOV, FMA3, MMX+
 TEXT ·gemm2R1x1(SB), NOSPLIT, $0-60
 	VXORPS Y0, Y0, Y0
 	MOVQ   k+0(FP), AX
@@ -2573,14 +2790,23 @@ TEXT ·gemm2R1x1(SB), NOSPLIT, $0-60
 	MOVQ   b+24(FP), DX
 	MOVQ   ldb+32(FP), BX
 
+ahead:
+	PREFETCHT0 192(CX)
+	MOVQ       $0x00000010, SI
+	CMPQ       SI, AX
+	CMOVQGT    AX, SI
+	SUBQ       SI, AX
+
 loop:
 	VMOVUPS      (DX), Y1
 	VBROADCASTSS (CX), Y2
 	VFMADD231PS  Y1, Y2, Y0
 	ADDQ         $0x04, CX
 	ADDQ         BX, DX
-	DECQ         AX
+	DECQ         SI
 	JNZ          loop
+	TESTQ        AX, AX
+	JNZ          ahead
 	MOVQ         c+40(FP), AX
 	MOVQ         ldc+48(FP), CX
 	MOVL         load+56(FP), DX
@@ -2637,7 +2863,7 @@ store:
 	RET
 
 // func gemm2R2x1(k int, a *float32, lda int, b *float32, ldb int, c *float32, ldc int, load uint32)
-// Requires: AVX, FMA3
+// Requires: AVX, CMOV, FMA3, MMX+
 TEXT ·gemm2R2x1(SB), NOSPLIT, $0-60
 	VXORPS Y0, Y0, Y0
 	VXORPS Y1, Y1, Y1
@@ -2647,6 +2873,14 @@ TEXT ·gemm2R2x1(SB), NOSPLIT, $0-60
 	MOVQ   b+24(FP), BX
 	MOVQ   ldb+32(FP), SI
 
+ahead:
+	PREFETCHT0 192(CX)
+	PREFETCHT0 192(CX)(DX*1)
+	MOVQ       $0x00000010, DI
+	CMPQ       DI, AX
+	CMOVQGT    AX, DI
+	SUBQ       DI, AX
+
 loop:
 	VMOVUPS      (BX), Y2
 	VBROADCASTSS (CX), Y3
@@ -2655,8 +2889,10 @@ loop:
 	VFMADD231PS  Y2, Y3, Y1
 	ADDQ         $0x04, CX
 	ADDQ         SI, BX
-	DECQ         AX
+	DECQ         DI
 	JNZ          loop
+	TESTQ        AX, AX
+	JNZ          ahead
 	MOVQ         c+40(FP), AX
 	MOVQ         ldc+48(FP), CX
 	MOVL         load+56(FP), DX
@@ -2724,7 +2960,7 @@ store:
 	RET
 
 // func gemm2R3x1(k int, a *float32, lda int, b *float32, ldb int, c *float32, ldc int, load uint32)
-// Requires: AVX, FMA3
+// Requires: AVX, CMOV, FMA3, MMX+
 TEXT ·gemm2R3x1(SB), NOSPLIT, $0-60
 	VXORPS Y0, Y0, Y0
 	VXORPS Y1, Y1, Y1
@@ -2734,6 +2970,15 @@ TEXT ·gemm2R3x1(SB), NOSPLIT, $0-60
 	MOVQ   lda+16(FP), DX
 	MOVQ   b+24(FP), BX
 	MOVQ   ldb+32(FP), SI
+
+ahead:
+	PREFETCHT0 192(CX)
+	PREFETCHT0 192(CX)(DX*1)
+	PREFETCHT0 192(CX)(DX*2)
+	MOVQ       $0x00000010, DI
+	CMPQ       DI, AX
+	CMOVQGT    AX, DI
+	SUBQ       DI, AX
 
 loop:
 	VMOVUPS      (BX), Y3
@@ -2745,8 +2990,10 @@ loop:
 	VFMADD231PS  Y3, Y4, Y2
 	ADDQ         $0x04, CX
 	ADDQ         SI, BX
-	DECQ         AX
+	DECQ         DI
 	JNZ          loop
+	TESTQ        AX, AX
+	JNZ          ahead
 	MOVQ         c+40(FP), AX
 	MOVQ         ldc+48(FP), CX
 	MOVL         load+56(FP), DX
@@ -2825,7 +3072,7 @@ store:
 	RET
 
 // func gemm2R4x1(k int, a *float32, lda int, b *float32, ldb int, c *float32, ldc int, load uint32)
-// Requires: AVX, FMA3
+// Requires: AVX, CMOV, FMA3, MMX+
 TEXT ·gemm2R4x1(SB), NOSPLIT, $0-60
 	VXORPS Y0, Y0, Y0
 	VXORPS Y1, Y1, Y1
@@ -2837,6 +3084,16 @@ TEXT ·gemm2R4x1(SB), NOSPLIT, $0-60
 	MOVQ   b+24(FP), BX
 	MOVQ   ldb+32(FP), SI
 	LEAQ   (DX)(DX*2), DI
+
+ahead:
+	PREFETCHT0 192(CX)
+	PREFETCHT0 192(CX)(DX*1)
+	PREFETCHT0 192(CX)(DX*2)
+	PREFETCHT0 192(CX)(DI*1)
+	MOVQ       $0x00000010, R8
+	CMPQ       R8, AX
+	CMOVQGT    AX, R8
+	SUBQ       R8, AX
 
 loop:
 	VMOVUPS      (BX), Y4
@@ -2850,8 +3107,10 @@ loop:
 	VFMADD231PS  Y4, Y5, Y3
 	ADDQ         $0x04, CX
 	ADDQ         SI, BX
-	DECQ         AX
+	DECQ         R8
 	JNZ          loop
+	TESTQ        AX, AX
+	JNZ          ahead
 	MOVQ         c+40(FP), AX
 	MOVQ         ldc+48(FP), CX
 	MOVL         load+56(FP), DX
@@ -2941,7 +3200,7 @@ store:
 	RET
 
 // func gemm2R5x1(k int, a *float32, lda int, b *float32, ldb int, c *float32, ldc int, load uint32)
-// Requires: AVX, FMA3
+// Requires: AVX, CMOV, FMA3, MMX+
 TEXT ·gemm2R5x1(SB), NOSPLIT, $0-60
 	VXORPS Y0, Y0, Y0
 	VXORPS Y1, Y1, Y1
@@ -2954,6 +3213,17 @@ TEXT ·gemm2R5x1(SB), NOSPLIT, $0-60
 	MOVQ   b+24(FP), BX
 	MOVQ   ldb+32(FP), SI
 	LEAQ   (DX)(DX*2), DI
+
+ahead:
+	PREFETCHT0 192(CX)
+	PREFETCHT0 192(CX)(DX*1)
+	PREFETCHT0 192(CX)(DX*2)
+	PREFETCHT0 192(CX)(DI*1)
+	PREFETCHT0 192(CX)(DX*4)
+	MOVQ       $0x00000010, R8
+	CMPQ       R8, AX
+	CMOVQGT    AX, R8
+	SUBQ       R8, AX
 
 loop:
 	VMOVUPS      (BX), Y5
@@ -2969,8 +3239,10 @@ loop:
 	VFMADD231PS  Y5, Y6, Y4
 	ADDQ         $0x04, CX
 	ADDQ         SI, BX
-	DECQ         AX
+	DECQ         R8
 	JNZ          loop
+	TESTQ        AX, AX
+	JNZ          ahead
 	MOVQ         c+40(FP), AX
 	MOVQ         ldc+48(FP), CX
 	MOVL         load+56(FP), DX
@@ -3071,7 +3343,7 @@ store:
 	RET
 
 // func gemm2R6x1(k int, a *float32, lda int, b *float32, ldb int, c *float32, ldc int, load uint32)
-// Requires: AVX, FMA3
+// Requires: AVX, CMOV, FMA3, MMX+
 TEXT ·gemm2R6x1(SB), NOSPLIT, $0-60
 	VXORPS Y0, Y0, Y0
 	VXORPS Y1, Y1, Y1
@@ -3086,6 +3358,18 @@ TEXT ·gemm2R6x1(SB), NOSPLIT, $0-60
 	MOVQ   ldb+32(FP), SI
 	LEAQ   (DX)(DX*2), DI
 	LEAQ   (DI)(DX*2), R8
+
+ahead:
+	PREFETCHT0 192(CX)
+	PREFETCHT0 192(CX)(DX*1)
+	PREFETCHT0 192(CX)(DX*2)
+	PREFETCHT0 192(CX)(DI*1)
+	PREFETCHT0 192(CX)(DX*4)
+	PREFETCHT0 192(CX)(R8*1)
+	MOVQ       $0x00000010, R9
+	CMPQ       R9, AX
+	CMOVQGT    AX, R9
+	SUBQ       R9, AX
 
 loop:
 	VMOVUPS      (BX), Y6
@@ -3103,8 +3387,10 @@ loop:
 	VFMADD231PS  Y6, Y7, Y5
 	ADDQ         $0x04, CX
 	ADDQ         SI, BX
-	DECQ         AX
+	DECQ         R9
 	JNZ          loop
+	TESTQ        AX, AX
+	JNZ          ahead
 	MOVQ         c+40(FP), AX
 	MOVQ         ldc+48(FP), CX
 	MOVL         load+56(FP), DX
@@ -3185,7 +3471,7 @@ store:
 	RET
 
 // func gemm512R1x2(k int, a *float32, lda int, b *float32, ldb int, c *float32, ldc int, mask uint32, load uint32)
-// Requires: AVX, AVX512F, MMX+
+// Requires: AVX, AVX512F, CMOV, MMX+
 TEXT ·gemm512R1x2(SB), NOSPLIT, $0-64
 	VPXORD     Z0, Z0, Z0
 	VPXORD     Z1, Z1, Z1
@@ -3201,6 +3487,13 @@ TEXT ·gemm512R1x2(SB), NOSPLIT, $0-64
 	MOVQ       b+24(FP), DX
 	MOVQ       ldb+32(FP), BX
 
+ahead:
+	PREFETCHT0 192(CX)
+	MOVQ       $0x00000010, SI
+	CMPQ       SI, AX
+	CMOVQGT    AX, SI
+	SUBQ       SI, AX
+
 loop:
 	VMOVUPS      (DX), Z2
 	VMOVUPS.Z    64(DX), K1, Z3
@@ -3209,8 +3502,10 @@ loop:
 	VFMADD231PS  Z3, Z4, Z1
 	ADDQ         $0x04, CX
 	ADDQ         BX, DX
-	DECQ         AX
+	DECQ         SI
 	JNZ          loop
+	TESTQ        AX, AX
+	JNZ          ahead
 	MOVQ         c+40(FP), AX
 	MOVQ         ldc+48(FP), CX
 	MOVL         load+60(FP), DX
@@ -3287,7 +3582,7 @@ store:
 	RET
 
 // func gemm512R2x2(k int, a *float32, lda int, b *float32, ldb int, c *float32, ldc int, mask uint32, load uint32)
-// Requires: AVX, AVX512F, MMX+
+// Requires: AVX, AVX512F, CMOV, MMX+
 TEXT ·gemm512R2x2(SB), NOSPLIT, $0-64
 	VPXORD     Z0, Z0, Z0
 	VPXORD     Z1, Z1, Z1
@@ -3308,6 +3603,14 @@ TEXT ·gemm512R2x2(SB), NOSPLIT, $0-64
 	MOVQ       b+24(FP), BX
 	MOVQ       ldb+32(FP), SI
 
+ahead:
+	PREFETCHT0 192(CX)
+	PREFETCHT0 192(CX)(DX*1)
+	MOVQ       $0x00000010, DI
+	CMPQ       DI, AX
+	CMOVQGT    AX, DI
+	SUBQ       DI, AX
+
 loop:
 	VMOVUPS      (BX), Z4
 	VMOVUPS.Z    64(BX), K1, Z5
@@ -3319,8 +3622,10 @@ loop:
 	VFMADD231PS  Z5, Z6, Z3
 	ADDQ         $0x04, CX
 	ADDQ         SI, BX
-	DECQ         AX
+	DECQ         DI
 	JNZ          loop
+	TESTQ        AX, AX
+	JNZ          ahead
 	MOVQ         c+40(FP), AX
 	MOVQ         ldc+48(FP), CX
 	MOVL         load+60(FP), DX
@@ -3417,7 +3722,7 @@ store:
 	RET
 
 // func gemm512R3x2(k int, a *float32, lda int, b *float32, ldb int, c *float32, ldc int, mask uint32, load uint32)
-// Requires: AVX, AVX512F, MMX+
+// Requires: AVX, AVX512F, CMOV, MMX+
 TEXT ·gemm512R3x2(SB), NOSPLIT, $0-64
 	VPXORD     Z0, Z0, Z0
 	VPXORD     Z1, Z1, Z1
@@ -3443,6 +3748,15 @@ TEXT ·gemm512R3x2(SB), NOSPLIT, $0-64
 	MOVQ       b+24(FP), BX
 	MOVQ       ldb+32(FP), SI
 
+ahead:
+	PREFETCHT0 192(CX)
+	PREFETCHT0 192(CX)(DX*1)
+	PREFETCHT0 192(CX)(DX*2)
+	MOVQ       $0x00000010, DI
+	CMPQ       DI, AX
+	CMOVQGT    AX, DI
+	SUBQ       DI, AX
+
 loop:
 	VMOVUPS      (BX), Z6
 	VMOVUPS.Z    64(BX), K1, Z7
@@ -3457,8 +3771,10 @@ loop:
 	VFMADD231PS  Z7, Z8, Z5
 	ADDQ         $0x04, CX
 	ADDQ         SI, BX
-	DECQ         AX
+	DECQ         DI
 	JNZ          loop
+	TESTQ        AX, AX
+	JNZ          ahead
 	MOVQ         c+40(FP), AX
 	MOVQ         ldc+48(FP), CX
 	MOVL         load+60(FP), DX
@@ -3575,7 +3891,7 @@ store:
 	RET
 
 // func gemm512R4x2(k int, a *float32, lda int, b *float32, ldb int, c *float32, ldc int, mask uint32, load uint32)
-// Requires: AVX, AVX512F, MMX+
+// Requires: AVX, AVX512F, CMOV, MMX+
 TEXT ·gemm512R4x2(SB), NOSPLIT, $0-64
 	VPXORD     Z0, Z0, Z0
 	VPXORD     Z1, Z1, Z1
@@ -3607,6 +3923,16 @@ TEXT ·gemm512R4x2(SB), NOSPLIT, $0-64
 	MOVQ       ldb+32(FP), SI
 	LEAQ       (DX)(DX*2), DI
 
+ahead:
+	PREFETCHT0 192(CX)
+	PREFETCHT0 192(CX)(DX*1)
+	PREFETCHT0 192(CX)(DX*2)
+	PREFETCHT0 192(CX)(DI*1)
+	MOVQ       $0x00000010, R8
+	CMPQ       R8, AX
+	CMOVQGT    AX, R8
+	SUBQ       R8, AX
+
 loop:
 	VMOVUPS      (BX), Z8
 	VMOVUPS.Z    64(BX), K1, Z9
@@ -3624,8 +3950,10 @@ loop:
 	VFMADD231PS  Z9, Z10, Z7
 	ADDQ         $0x04, CX
 	ADDQ         SI, BX
-	DECQ         AX
+	DECQ         R8
 	JNZ          loop
+	TESTQ        AX, AX
+	JNZ          ahead
 	MOVQ         c+40(FP), AX
 	MOVQ         ldc+48(FP), CX
 	MOVL         load+60(FP), DX
@@ -3762,7 +4090,7 @@ store:
 	RET
 
 // func gemm512R5x2(k int, a *float32, lda int, b *float32, ldb int, c *float32, ldc int, mask uint32, load uint32)
-// Requires: AVX, AVX512F, MMX+
+// Requires: AVX, AVX512F, CMOV, MMX+
 TEXT ·gemm512R5x2(SB), NOSPLIT, $0-64
 	VPXORD     Z0, Z0, Z0
 	VPXORD     Z1, Z1, Z1
@@ -3799,6 +4127,17 @@ TEXT ·gemm512R5x2(SB), NOSPLIT, $0-64
 	MOVQ       ldb+32(FP), SI
 	LEAQ       (DX)(DX*2), DI
 
+ahead:
+	PREFETCHT0 192(CX)
+	PREFETCHT0 192(CX)(DX*1)
+	PREFETCHT0 192(CX)(DX*2)
+	PREFETCHT0 192(CX)(DI*1)
+	PREFETCHT0 192(CX)(DX*4)
+	MOVQ       $0x00000010, R8
+	CMPQ       R8, AX
+	CMOVQGT    AX, R8
+	SUBQ       R8, AX
+
 loop:
 	VMOVUPS      (BX), Z10
 	VMOVUPS.Z    64(BX), K1, Z11
@@ -3819,8 +4158,10 @@ loop:
 	VFMADD231PS  Z11, Z12, Z9
 	ADDQ         $0x04, CX
 	ADDQ         SI, BX
-	DECQ         AX
+	DECQ         R8
 	JNZ          loop
+	TESTQ        AX, AX
+	JNZ          ahead
 	MOVQ         c+40(FP), AX
 	MOVQ         ldc+48(FP), CX
 	MOVL         load+60(FP), DX
@@ -3977,7 +4318,7 @@ store:
 	RET
 
 // func gemm512R6x2(k int, a *float32, lda int, b *float32, ldb int, c *float32, ldc int, mask uint32, load uint32)
-// Requires: AVX, AVX512F, MMX+
+// Requires: AVX, AVX512F, CMOV, MMX+
 TEXT ·gemm512R6x2(SB), NOSPLIT, $0-64
 	VPXORD     Z0, Z0, Z0
 	VPXORD     Z1, Z1, Z1
@@ -4020,6 +4361,18 @@ TEXT ·gemm512R6x2(SB), NOSPLIT, $0-64
 	LEAQ       (DX)(DX*2), DI
 	LEAQ       (DI)(DX*2), R8
 
+ahead:
+	PREFETCHT0 192(CX)
+	PREFETCHT0 192(CX)(DX*1)
+	PREFETCHT0 192(CX)(DX*2)
+	PREFETCHT0 192(CX)(DI*1)
+	PREFETCHT0 192(CX)(DX*4)
+	PREFETCHT0 192(CX)(R8*1)
+	MOVQ       $0x00000010, R9
+	CMPQ       R9, AX
+	CMOVQGT    AX, R9
+	SUBQ       R9, AX
+
 loop:
 	VMOVUPS      (BX), Z12
 	VMOVUPS.Z    64(BX), K1, Z13
@@ -4043,8 +4396,10 @@ loop:
 	VFMADD231PS  Z13, Z14, Z11
 	ADDQ         $0x04, CX
 	ADDQ         SI, BX
-	DECQ         AX
+	DECQ         R9
 	JNZ          loop
+	TESTQ        AX, AX
+	JNZ          ahead
 	MOVQ         c+40(FP), AX
 	MOVQ         ldc+48(FP), CX
 	MOVL         load+60(FP), DX
@@ -4221,7 +4576,7 @@ store:
 	RET
 
 // func gemm512R7x2(k int, a *float32, lda int, b *float32, ldb int, c *float32, ldc int, mask uint32, load uint32)
-// Requires: AVX, AVX512F, MMX+
+// Requires: AVX, AVX512F, CMOV, MMX+
 TEXT ·gemm512R7x2(SB), NOSPLIT, $0-64
 	VPXORD     Z0, Z0, Z0
 	VPXORD     Z1, Z1, Z1
@@ -4269,6 +4624,19 @@ TEXT ·gemm512R7x2(SB), NOSPLIT, $0-64
 	LEAQ       (DX)(DX*2), DI
 	LEAQ       (DI)(DX*2), R8
 
+ahead:
+	PREFETCHT0 192(CX)
+	PREFETCHT0 192(CX)(DX*1)
+	PREFETCHT0 192(CX)(DX*2)
+	PREFETCHT0 192(CX)(DI*1)
+	PREFETCHT0 192(CX)(DX*4)
+	PREFETCHT0 192(CX)(R8*1)
+	PREFETCHT0 192(CX)(DI*2)
+	MOVQ       $0x00000010, R9
+	CMPQ       R9, AX
+	CMOVQGT    AX, R9
+	SUBQ       R9, AX
+
 loop:
 	VMOVUPS      (BX), Z14
 	VMOVUPS.Z    64(BX), K1, Z15
@@ -4295,8 +4663,10 @@ loop:
 	VFMADD231PS  Z15, Z16, Z13
 	ADDQ         $0x04, CX
 	ADDQ         SI, BX
-	DECQ         AX
+	DECQ         R9
 	JNZ          loop
+	TESTQ        AX, AX
+	JNZ          ahead
 	MOVQ         c+40(FP), AX
 	MOVQ         ldc+48(FP), CX
 	MOVL         load+60(FP), DX
@@ -4493,7 +4863,7 @@ store:
 	RET
 
 // func gemm512R8x2(k int, a *float32, lda int, b *float32, ldb int, c *float32, ldc int, mask uint32, load uint32)
-// Requires: AVX, AVX512F, MMX+
+// Requires: AVX, AVX512F, CMOV, MMX+
 TEXT ·gemm512R8x2(SB), NOSPLIT, $0-64
 	VPXORD     Z0, Z0, Z0
 	VPXORD     Z1, Z1, Z1
@@ -4547,6 +4917,20 @@ TEXT ·gemm512R8x2(SB), NOSPLIT, $0-64
 	LEAQ       (DI)(DX*2), R8
 	LEAQ       (R8)(DX*2), R9
 
+ahead:
+	PREFETCHT0 192(CX)
+	PREFETCHT0 192(CX)(DX*1)
+	PREFETCHT0 192(CX)(DX*2)
+	PREFETCHT0 192(CX)(DI*1)
+	PREFETCHT0 192(CX)(DX*4)
+	PREFETCHT0 192(CX)(R8*1)
+	PREFETCHT0 192(CX)(DI*2)
+	PREFETCHT0 192(CX)(R9*1)
+	MOVQ       $0x00000010, R10
+	CMPQ       R10, AX
+	CMOVQGT    AX, R10
+	SUBQ       R10, AX
+
 loop:
 	VMOVUPS      (BX), Z16
 	VMOVUPS.Z    64(BX), K1, Z17
@@ -4576,8 +4960,10 @@ loop:
 	VFMADD231PS  Z17, Z18, Z15
 	ADDQ         $0x04, CX
 	ADDQ         SI, BX
-	DECQ         AX
+	DECQ         R10
 	JNZ          loop
+	TESTQ        AX, AX
+	JNZ          ahead
 	MOVQ         c+40(FP), AX
 	MOVQ         ldc+48(FP), CX
 	MOVL         load+60(FP), DX
@@ -4794,7 +5180,7 @@ store:
 	RET
 
 // func gemm512R9x2(k int, a *float32, lda int, b *float32, ldb int, c *float32, ldc int, mask uint32, load uint32)
-// Requires: AVX, AVX512F, MMX+
+// Requires: AVX, AVX512F, CMOV, MMX+
 TEXT ·gemm512R9x2(SB), NOSPLIT, $0-64
 	VPXORD     Z0, Z0, Z0
 	VPXORD     Z1, Z1, Z1
@@ -4853,6 +5239,21 @@ TEXT ·gemm512R9x2(SB), NOSPLIT, $0-64
 	LEAQ       (DI)(DX*2), R8
 	LEAQ       (R8)(DX*2), R9
 
+ahead:
+	PREFETCHT0 192(CX)
+	PREFETCHT0 192(CX)(DX*1)
+	PREFETCHT0 192(CX)(DX*2)
+	PREFETCHT0 192(CX)(DI*1)
+	PREFETCHT0 192(CX)(DX*4)
+	PREFETCHT0 192(CX)(R8*1)
+	PREFETCHT0 192(CX)(DI*2)
+	PREFETCHT0 192(CX)(R9*1)
+	PREFETCHT0 192(CX)(DX*8)
+	MOVQ       $0x00000010, R10
+	CMPQ       R10, AX
+	CMOVQGT    AX, R10
+	SUBQ       R10, AX
+
 loop:
 	VMOVUPS      (BX), Z18
 	VMOVUPS.Z    64(BX), K1, Z19
@@ -4885,8 +5286,10 @@ loop:
 	VFMADD231PS  Z19, Z20, Z17
 	ADDQ         $0x04, CX
 	ADDQ         SI, BX
-	DECQ         AX
+	DECQ         R10
 	JNZ          loop
+	TESTQ        AX, AX
+	JNZ          ahead
 	MOVQ         c+40(FP), AX
 	MOVQ         ldc+48(FP), CX
 	MOVL         load+60(FP), DX
@@ -5123,7 +5526,7 @@ store:
 	RET
 
 // func gemm512R10x2(k int, a *float32, lda int, b *float32, ldb int, c *float32, ldc int, mask uint32, load uint32)
-// Requires: AVX, AVX512F, MMX+
+// Requires: AVX, AVX512F, CMOV, MMX+
 TEXT ·gemm512R10x2(SB), NOSPLIT, $0-64
 	VPXORD     Z0, Z0, Z0
 	VPXORD     Z1, Z1, Z1
@@ -5188,6 +5591,22 @@ TEXT ·gemm512R10x2(SB), NOSPLIT, $0-64
 	LEAQ       (R8)(DX*2), R9
 	LEAQ       (R9)(DX*2), R10
 
+ahead:
+	PREFETCHT0 192(CX)
+	PREFETCHT0 192(CX)(DX*1)
+	PREFETCHT0 192(CX)(DX*2)
+	PREFETCHT0 192(CX)(DI*1)
+	PREFETCHT0 192(CX)(DX*4)
+	PREFETCHT0 192(CX)(R8*1)
+	PREFETCHT0 192(CX)(DI*2)
+	PREFETCHT0 192(CX)(R9*1)
+	PREFETCHT0 192(CX)(DX*8)
+	PREFETCHT0 192(CX)(R10*1)
+	MOVQ       $0x00000010, R11
+	CMPQ       R11, AX
+	CMOVQGT    AX, R11
+	SUBQ       R11, AX
+
 loop:
 	VMOVUPS      (BX), Z20
 	VMOVUPS.Z    64(BX), K1, Z21
@@ -5223,8 +5642,10 @@ loop:
 	VFMADD231PS  Z21, Z22, Z19
 	ADDQ         $0x04, CX
 	ADDQ         SI, BX
-	DECQ         AX
+	DECQ         R11
 	JNZ          loop
+	TESTQ        AX, AX
+	JNZ          ahead
 	MOVQ         c+40(FP), AX
 	MOVQ         ldc+48(FP), CX
 	MOVL         load+60(FP), DX
@@ -5481,7 +5902,7 @@ store:
 	RET
 
 // func gemm512R11x2(k int, a *float32, lda int, b *float32, ldb int, c *float32, ldc int, mask uint32, load uint32)
-// Requires: AVX, AVX512F, MMX+
+// Requires: AVX, AVX512F, CMOV, MMX+
 TEXT ·gemm512R11x2(SB), NOSPLIT, $0-64
 	VPXORD     Z0, Z0, Z0
 	VPXORD     Z1, Z1, Z1
@@ -5551,6 +5972,23 @@ TEXT ·gemm512R11x2(SB), NOSPLIT, $0-64
 	LEAQ       (R8)(DX*2), R9
 	LEAQ       (R9)(DX*2), R10
 
+ahead:
+	PREFETCHT0 192(CX)
+	PREFETCHT0 192(CX)(DX*1)
+	PREFETCHT0 192(CX)(DX*2)
+	PREFETCHT0 192(CX)(DI*1)
+	PREFETCHT0 192(CX)(DX*4)
+	PREFETCHT0 192(CX)(R8*1)
+	PREFETCHT0 192(CX)(DI*2)
+	PREFETCHT0 192(CX)(R9*1)
+	PREFETCHT0 192(CX)(DX*8)
+	PREFETCHT0 192(CX)(R10*1)
+	PREFETCHT0 192(CX)(R8*2)
+	MOVQ       $0x00000010, R11
+	CMPQ       R11, AX
+	CMOVQGT    AX, R11
+	SUBQ       R11, AX
+
 loop:
 	VMOVUPS      (BX), Z22
 	VMOVUPS.Z    64(BX), K1, Z23
@@ -5589,8 +6027,10 @@ loop:
 	VFMADD231PS  Z23, Z24, Z21
 	ADDQ         $0x04, CX
 	ADDQ         SI, BX
-	DECQ         AX
+	DECQ         R11
 	JNZ          loop
+	TESTQ        AX, AX
+	JNZ          ahead
 	MOVQ         c+40(FP), AX
 	MOVQ         ldc+48(FP), CX
 	MOVL         load+60(FP), DX
@@ -5867,7 +6307,7 @@ store:
 	RET
 
 // func gemm512R12x2(k int, a *float32, lda int, b *float32, ldb int, c *float32, ldc int, mask uint32, load uint32)
-// Requires: AVX, AVX512F, MMX+
+// Requires: AVX, AVX512F, CMOV, MMX+
 TEXT ·gemm512R12x2(SB), NOSPLIT, $0-64
 	VPXORD     Z0, Z0, Z0
 	VPXORD     Z1, Z1, Z1
@@ -5943,6 +6383,24 @@ TEXT ·gemm512R12x2(SB), NOSPLIT, $0-64
 	LEAQ       (R9)(DX*2), R10
 	LEAQ       (R10)(DX*2), R11
 
+ahead:
+	PREFETCHT0 192(CX)
+	PREFETCHT0 192(CX)(DX*1)
+	PREFETCHT0 192(CX)(DX*2)
+	PREFETCHT0 192(CX)(DI*1)
+	PREFETCHT0 192(CX)(DX*4)
+	PREFETCHT0 192(CX)(R8*1)
+	PREFETCHT0 192(CX)(DI*2)
+	PREFETCHT0 192(CX)(R9*1)
+	PREFETCHT0 192(CX)(DX*8)
+	PREFETCHT0 192(CX)(R10*1)
+	PREFETCHT0 192(CX)(R8*2)
+	PREFETCHT0 192(CX)(R11*1)
+	MOVQ       $0x00000010, R12
+	CMPQ       R12, AX
+	CMOVQGT    AX, R12
+	SUBQ       R12, AX
+
 loop:
 	VMOVUPS      (BX), Z24
 	VMOVUPS.Z    64(BX), K1, Z25
@@ -5984,8 +6442,10 @@ loop:
 	VFMADD231PS  Z25, Z26, Z23
 	ADDQ         $0x04, CX
 	ADDQ         SI, BX
-	DECQ         AX
+	DECQ         R12
 	JNZ          loop
+	TESTQ        AX, AX
+	JNZ          ahead
 	MOVQ         c+40(FP), AX
 	MOVQ         ldc+48(FP), CX
 	MOVL         load+60(FP), DX
@@ -6282,7 +6742,7 @@ store:
 	RET
 
 // func gemm512R13x2(k int, a *float32, lda int, b *float32, ldb int, c *float32, ldc int, mask uint32, load uint32)
-// Requires: AVX, AVX512F, MMX+
+// Requires: AVX, AVX512F, CMOV, MMX+
 TEXT ·gemm512R13x2(SB), NOSPLIT, $0-64
 	VPXORD     Z0, Z0, Z0
 	VPXORD     Z1, Z1, Z1
@@ -6363,6 +6823,25 @@ TEXT ·gemm512R13x2(SB), NOSPLIT, $0-64
 	LEAQ       (R9)(DX*2), R10
 	LEAQ       (R10)(DX*2), R11
 
+ahead:
+	PREFETCHT0 192(CX)
+	PREFETCHT0 192(CX)(DX*1)
+	PREFETCHT0 192(CX)(DX*2)
+	PREFETCHT0 192(CX)(DI*1)
+	PREFETCHT0 192(CX)(DX*4)
+	PREFETCHT0 192(CX)(R8*1)
+	PREFETCHT0 192(CX)(DI*2)
+	PREFETCHT0 192(CX)(R9*1)
+	PREFETCHT0 192(CX)(DX*8)
+	PREFETCHT0 192(CX)(R10*1)
+	PREFETCHT0 192(CX)(R8*2)
+	PREFETCHT0 192(CX)(R11*1)
+	PREFETCHT0 192(CX)(DI*4)
+	MOVQ       $0x00000010, R12
+	CMPQ       R12, AX
+	CMOVQGT    AX, R12
+	SUBQ       R12, AX
+
 loop:
 	VMOVUPS      (BX), Z26
 	VMOVUPS.Z    64(BX), K1, Z27
@@ -6407,8 +6886,10 @@ loop:
 	VFMADD231PS  Z27, Z28, Z25
 	ADDQ         $0x04, CX
 	ADDQ         SI, BX
-	DECQ         AX
+	DECQ         R12
 	JNZ          loop
+	TESTQ        AX, AX
+	JNZ          ahead
 	MOVQ         c+40(FP), AX
 	MOVQ         ldc+48(FP), CX
 	MOVL         load+60(FP), DX
@@ -6725,7 +7206,7 @@ store:
 	RET
 
 // func gemm512R14x2(k int, a *float32, lda int, b *float32, ldb int, c *float32, ldc int, mask uint32, load uint32)
-// Requires: AVX, AVX512F, MMX+
+// Requires: AVX, AVX512F, CMOV, MMX+
 TEXT ·gemm512R14x2(SB), NOSPLIT, $0-64
 	VPXORD     Z0, Z0, Z0
 	VPXORD     Z1, Z1, Z1
@@ -6812,6 +7293,26 @@ TEXT ·gemm512R14x2(SB), NOSPLIT, $0-64
 	LEAQ       (R10)(DX*2), R11
 	LEAQ       (R11)(DX*2), R12
 
+ahead:
+	PREFETCHT0 192(CX)
+	PREFETCHT0 192(CX)(DX*1)
+	PREFETCHT0 192(CX)(DX*2)
+	PREFETCHT0 192(CX)(DI*1)
+	PREFETCHT0 192(CX)(DX*4)
+	PREFETCHT0 192(CX)(R8*1)
+	PREFETCHT0 192(CX)(DI*2)
+	PREFETCHT0 192(CX)(R9*1)
+	PREFETCHT0 192(CX)(DX*8)
+	PREFETCHT0 192(CX)(R10*1)
+	PREFETCHT0 192(CX)(R8*2)
+	PREFETCHT0 192(CX)(R11*1)
+	PREFETCHT0 192(CX)(DI*4)
+	PREFETCHT0 192(CX)(R12*1)
+	MOVQ       $0x00000010, R13
+	CMPQ       R13, AX
+	CMOVQGT    AX, R13
+	SUBQ       R13, AX
+
 loop:
 	VMOVUPS      (BX), Z28
 	VMOVUPS.Z    64(BX), K1, Z29
@@ -6859,8 +7360,10 @@ loop:
 	VFMADD231PS  Z29, Z30, Z27
 	ADDQ         $0x04, CX
 	ADDQ         SI, BX
-	DECQ         AX
+	DECQ         R13
 	JNZ          loop
+	TESTQ        AX, AX
+	JNZ          ahead
 	MOVQ         c+40(FP), AX
 	MOVQ         ldc+48(FP), CX
 	MOVL         load+60(FP), DX
@@ -6995,7 +7498,7 @@ store:
 	RET
 
 // func gemm2R1x2(k int, a *float32, lda int, b *float32, ldb int, c *float32, ldc int, load uint32)
-// Requires: AVX, FMA3
+// Requires: AVX, CMOV, FMA3, MMX+
 TEXT ·gemm2R1x2(SB), NOSPLIT, $0-60
 	VXORPS Y0, Y0, Y0
 	VXORPS Y1, Y1, Y1
@@ -7005,6 +7508,13 @@ TEXT ·gemm2R1x2(SB), NOSPLIT, $0-60
 	MOVQ   b+24(FP), DX
 	MOVQ   ldb+32(FP), BX
 
+ahead:
+	PREFETCHT0 192(CX)
+	MOVQ       $0x00000010, SI
+	CMPQ       SI, AX
+	CMOVQGT    AX, SI
+	SUBQ       SI, AX
+
 loop:
 	VMOVUPS      (DX), Y2
 	VMOVUPS      32(DX), Y3
@@ -7013,8 +7523,10 @@ loop:
 	VFMADD231PS  Y3, Y4, Y1
 	ADDQ         $0x04, CX
 	ADDQ         BX, DX
-	DECQ         AX
+	DECQ         SI
 	JNZ          loop
+	TESTQ        AX, AX
+	JNZ          ahead
 	MOVQ         c+40(FP), AX
 	MOVQ         ldc+48(FP), CX
 	MOVL         load+56(FP), DX
@@ -7082,7 +7594,7 @@ store:
 	RET
 
 // func gemm2R2x2(k int, a *float32, lda int, b *float32, ldb int, c *float32, ldc int, load uint32)
-// Requires: AVX, FMA3
+// Requires: AVX, CMOV, FMA3, MMX+
 TEXT ·gemm2R2x2(SB), NOSPLIT, $0-60
 	VXORPS Y0, Y0, Y0
 	VXORPS Y1, Y1, Y1
@@ -7093,6 +7605,14 @@ TEXT ·gemm2R2x2(SB), NOSPLIT, $0-60
 	MOVQ   lda+16(FP), DX
 	MOVQ   b+24(FP), BX
 	MOVQ   ldb+32(FP), SI
+
+ahead:
+	PREFETCHT0 192(CX)
+	PREFETCHT0 192(CX)(DX*1)
+	MOVQ       $0x00000010, DI
+	CMPQ       DI, AX
+	CMOVQGT    AX, DI
+	SUBQ       DI, AX
 
 loop:
 	VMOVUPS      (BX), Y4
@@ -7105,8 +7625,10 @@ loop:
 	VFMADD231PS  Y5, Y6, Y3
 	ADDQ         $0x04, CX
 	ADDQ         SI, BX
-	DECQ         AX
+	DECQ         DI
 	JNZ          loop
+	TESTQ        AX, AX
+	JNZ          ahead
 	MOVQ         c+40(FP), AX
 	MOVQ         ldc+48(FP), CX
 	MOVL         load+56(FP), DX
@@ -7191,7 +7713,7 @@ store:
 	RET
 
 // func gemm2R3x2(k int, a *float32, lda int, b *float32, ldb int, c *float32, ldc int, load uint32)
-// Requires: AVX, FMA3
+// Requires: AVX, CMOV, FMA3, MMX+
 TEXT ·gemm2R3x2(SB), NOSPLIT, $0-60
 	VXORPS Y0, Y0, Y0
 	VXORPS Y1, Y1, Y1
@@ -7204,6 +7726,15 @@ TEXT ·gemm2R3x2(SB), NOSPLIT, $0-60
 	MOVQ   lda+16(FP), DX
 	MOVQ   b+24(FP), BX
 	MOVQ   ldb+32(FP), SI
+
+ahead:
+	PREFETCHT0 192(CX)
+	PREFETCHT0 192(CX)(DX*1)
+	PREFETCHT0 192(CX)(DX*2)
+	MOVQ       $0x00000010, DI
+	CMPQ       DI, AX
+	CMOVQGT    AX, DI
+	SUBQ       DI, AX
 
 loop:
 	VMOVUPS      (BX), Y6
@@ -7219,8 +7750,10 @@ loop:
 	VFMADD231PS  Y7, Y8, Y5
 	ADDQ         $0x04, CX
 	ADDQ         SI, BX
-	DECQ         AX
+	DECQ         DI
 	JNZ          loop
+	TESTQ        AX, AX
+	JNZ          ahead
 	MOVQ         c+40(FP), AX
 	MOVQ         ldc+48(FP), CX
 	MOVL         load+56(FP), DX
@@ -7322,7 +7855,7 @@ store:
 	RET
 
 // func gemm2R4x2(k int, a *float32, lda int, b *float32, ldb int, c *float32, ldc int, load uint32)
-// Requires: AVX, FMA3
+// Requires: AVX, CMOV, FMA3, MMX+
 TEXT ·gemm2R4x2(SB), NOSPLIT, $0-60
 	VXORPS Y0, Y0, Y0
 	VXORPS Y1, Y1, Y1
@@ -7338,6 +7871,16 @@ TEXT ·gemm2R4x2(SB), NOSPLIT, $0-60
 	MOVQ   b+24(FP), BX
 	MOVQ   ldb+32(FP), SI
 	LEAQ   (DX)(DX*2), DI
+
+ahead:
+	PREFETCHT0 192(CX)
+	PREFETCHT0 192(CX)(DX*1)
+	PREFETCHT0 192(CX)(DX*2)
+	PREFETCHT0 192(CX)(DI*1)
+	MOVQ       $0x00000010, R8
+	CMPQ       R8, AX
+	CMOVQGT    AX, R8
+	SUBQ       R8, AX
 
 loop:
 	VMOVUPS      (BX), Y8
@@ -7356,8 +7899,10 @@ loop:
 	VFMADD231PS  Y9, Y10, Y7
 	ADDQ         $0x04, CX
 	ADDQ         SI, BX
-	DECQ         AX
+	DECQ         R8
 	JNZ          loop
+	TESTQ        AX, AX
+	JNZ          ahead
 	MOVQ         c+40(FP), AX
 	MOVQ         ldc+48(FP), CX
 	MOVL         load+56(FP), DX
@@ -7476,7 +8021,7 @@ store:
 	RET
 
 // func gemm2R5x2(k int, a *float32, lda int, b *float32, ldb int, c *float32, ldc int, load uint32)
-// Requires: AVX, FMA3
+// Requires: AVX, CMOV, FMA3, MMX+
 TEXT ·gemm2R5x2(SB), NOSPLIT, $0-60
 	VXORPS Y0, Y0, Y0
 	VXORPS Y1, Y1, Y1
@@ -7494,6 +8039,17 @@ TEXT ·gemm2R5x2(SB), NOSPLIT, $0-60
 	MOVQ   b+24(FP), BX
 	MOVQ   ldb+32(FP), SI
 	LEAQ   (DX)(DX*2), DI
+
+ahead:
+	PREFETCHT0 192(CX)
+	PREFETCHT0 192(CX)(DX*1)
+	PREFETCHT0 192(CX)(DX*2)
+	PREFETCHT0 192(CX)(DI*1)
+	PREFETCHT0 192(CX)(DX*4)
+	MOVQ       $0x00000010, R8
+	CMPQ       R8, AX
+	CMOVQGT    AX, R8
+	SUBQ       R8, AX
 
 loop:
 	VMOVUPS      (BX), Y10
@@ -7515,8 +8071,10 @@ loop:
 	VFMADD231PS  Y11, Y12, Y9
 	ADDQ         $0x04, CX
 	ADDQ         SI, BX
-	DECQ         AX
+	DECQ         R8
 	JNZ          loop
+	TESTQ        AX, AX
+	JNZ          ahead
 	MOVQ         c+40(FP), AX
 	MOVQ         ldc+48(FP), CX
 	MOVL         load+56(FP), DX
@@ -7652,7 +8210,7 @@ store:
 	RET
 
 // func gemm2R6x2(k int, a *float32, lda int, b *float32, ldb int, c *float32, ldc int, load uint32)
-// Requires: AVX, FMA3
+// Requires: AVX, CMOV, FMA3, MMX+
 TEXT ·gemm2R6x2(SB), NOSPLIT, $0-60
 	VXORPS Y0, Y0, Y0
 	VXORPS Y1, Y1, Y1
@@ -7673,6 +8231,18 @@ TEXT ·gemm2R6x2(SB), NOSPLIT, $0-60
 	MOVQ   ldb+32(FP), SI
 	LEAQ   (DX)(DX*2), DI
 	LEAQ   (DI)(DX*2), R8
+
+ahead:
+	PREFETCHT0 192(CX)
+	PREFETCHT0 192(CX)(DX*1)
+	PREFETCHT0 192(CX)(DX*2)
+	PREFETCHT0 192(CX)(DI*1)
+	PREFETCHT0 192(CX)(DX*4)
+	PREFETCHT0 192(CX)(R8*1)
+	MOVQ       $0x00000010, R9
+	CMPQ       R9, AX
+	CMOVQGT    AX, R9
+	SUBQ       R9, AX
 
 loop:
 	VMOVUPS      (BX), Y12
@@ -7697,8 +8267,10 @@ loop:
 	VFMADD231PS  Y13, Y14, Y11
 	ADDQ         $0x04, CX
 	ADDQ         SI, BX
-	DECQ         AX
+	DECQ         R9
 	JNZ          loop
+	TESTQ        AX, AX
+	JNZ          ahead
 	MOVQ         c+40(FP), AX
 	MOVQ         ldc+48(FP), CX
 	MOVL         load+56(FP), DX

@@ -13,7 +13,7 @@ type narrow struct {
 
 // narrowFits reports whether A's rows fit into a tile's lanes.
 func narrowFits(o *operands) bool {
-	return active != Portable && o.transB && !o.transA && o.m <= geometries[active].lanes && o.n >= 64
+	return active != Portable && o.transB && !o.transA && o.m <= geometries[active].nr && o.n >= 64
 }
 
 // narrowCols is how many columns of C a task computes.
@@ -24,7 +24,7 @@ func (w *narrow) run(o operands, par Parallel) {
 	if w.task == nil {
 		w.task = w.columns
 	}
-	lanes := geometries[w.level].lanes
+	lanes := w.lanes()
 	w.buf = grow(w.buf, o.k*lanes)
 	for kb := range w.kBlocks {
 		from, to := kRange(o.k, w.kBlocks, kb)
@@ -34,9 +34,18 @@ func (w *narrow) run(o operands, par Parallel) {
 	w.operands = operands{}
 }
 
+// lanes is one vector where A's rows fit into it, two otherwise.
+func (w *narrow) lanes() int {
+	g := &geometries[w.level]
+	if w.m <= g.lanes {
+		return g.lanes
+	}
+	return g.nr
+}
+
 // columns is a task: narrowCols columns of C.
 func (w *narrow) columns(task int) {
-	g := &geometries[w.level]
+	g, lanes := &geometries[w.level], w.lanes()
 	var t [maxTile]float32 // a tile of Cᵀ, a row per column of C
 	end := min(w.n, (task+1)*narrowCols)
 	for j0 := task * narrowCols; j0 < end; {
@@ -44,19 +53,19 @@ func (w *narrow) columns(task int) {
 		if w.accumulate {
 			for l := range w.m {
 				for i := range rows {
-					t[i*g.lanes+l] = w.c[l*w.ldc+j0+i]
+					t[i*lanes+l] = w.c[l*w.ldc+j0+i]
 				}
 			}
 		}
 		for kb := range w.kBlocks {
 			from, to := kRange(w.k, w.kBlocks, kb)
 			a := strip{x: w.b[j0*w.ldb+from:], step: w.ldb, rows: true}
-			b := strip{x: w.buf[from*g.lanes:], step: g.lanes}
-			tile(w.level, rows, g.lanes, to-from, a, b, t[:], g.lanes, w.accumulate || kb > 0)
+			b := strip{x: w.buf[from*lanes:], step: lanes}
+			tile(w.level, rows, lanes, to-from, a, b, t[:], lanes, w.accumulate || kb > 0)
 		}
 		for l := range w.m {
 			for i := range rows {
-				w.c[l*w.ldc+j0+i] = t[i*g.lanes+l]
+				w.c[l*w.ldc+j0+i] = t[i*lanes+l]
 			}
 		}
 		j0 += rows

@@ -25,8 +25,16 @@ func exp32(x float32) float32 {
 	if x != x {
 		return x
 	}
-	x = max(expLow, min(expHigh, x))
-	n := float32(math.RoundToEven(float64(x * log2E)))
+	if x < expLow {
+		x = expLow
+	}
+	if x > expHigh {
+		x = expHigh
+	}
+	// Adding 1.5*2^23 rounds to an integer, ties to even.
+	const round = 0x1.8p23
+	n := float32(x*log2E) + round
+	n -= round
 	r := x - n*ln2Hi
 	r -= n * ln2Lo
 	p := float32(expC6)

@@ -38,10 +38,12 @@ func BenchmarkSgemmSmall(b *testing.B) {
 	}
 }
 
-// BenchmarkSgemmNarrow times decoding: few rows by a weight.
+// BenchmarkSgemmNarrow times decoding: few rows by a weight, in cache and not.
 func BenchmarkSgemmNarrow(b *testing.B) {
 	for _, m := range []int{1, 7, 16, 28, 56} {
-		b.Run(fmt.Sprint(m), func(b *testing.B) { benchSgemm(b, false, true, m, 1536, 576, true) })
+		for _, n := range []int{1536, 49152} {
+			b.Run(fmt.Sprintf("%dx%dx576", m, n), func(b *testing.B) { benchSgemm(b, false, true, m, n, 576, true) })
+		}
 	}
 }
 

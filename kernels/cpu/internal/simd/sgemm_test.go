@@ -194,7 +194,7 @@ func (p *problem) forceEveryPath(t *testing.T) {
 	c = append([]float32(nil), p.c...)
 	s.direct.run(op(c))
 	wantSameBits(t, p.String()+" direct", c, ref)
-	if p.transB && !p.transA && p.m <= geometries[active].lanes {
+	if p.transB && !p.transA && p.m <= geometries[active].nr {
 		c = append([]float32(nil), p.c...)
 		s.narrow.run(op(c), nil)
 		wantSameBits(t, p.String()+" narrow", c, ref)

@@ -69,18 +69,42 @@ func aOperands(mr int, rows bool, a, lda GPVirtual) []Op {
 }
 
 // kLoop emits step for every k, advancing A and B. k is at least 1.
-func kLoop(name string, k, a, lda, b, ldb GPVirtual, rows bool, step func()) {
+func kLoop(k, a, lda, b, ldb GPVirtual, rows bool, aops []Op, step func()) {
+	if !rows {
+		Label("loop")
+		step()
+		ADDQ(lda, a)
+		ADDQ(ldb, b)
+		DECQ(k)
+		JNZ(LabelRef("loop"))
+		return
+	}
+	// Rows in place are as many streams, often two to a page, which is more than
+	// hardware prefetchers follow: every 16 steps, a line of each row, the rows'
+	// own lines some steps ahead, is asked for.
+	group := GP64()
+	Label("ahead")
+	for _, x := range aops {
+		m := x.(Mem)
+		m.Disp += prefetchAhead
+		PREFETCHT0(m)
+	}
+	MOVQ(U32(16), group)
+	CMPQ(group, k)
+	CMOVQGT(k, group)
+	SUBQ(group, k)
 	Label("loop")
 	step()
-	if rows {
-		ADDQ(Imm(4), a)
-	} else {
-		ADDQ(lda, a)
-	}
+	ADDQ(Imm(4), a)
 	ADDQ(ldb, b)
-	DECQ(k)
+	DECQ(group)
 	JNZ(LabelRef("loop"))
+	TESTQ(k, k)
+	JNZ(LabelRef("ahead"))
 }
+
+// prefetchAhead is in bytes of a row.
+const prefetchAhead = 192
 
 func gemm512(mr, nv int, rows bool) {
 	name := kernelName("512", mr, nv, rows)
@@ -113,7 +137,7 @@ func gemm512(mr, nv int, rows bool) {
 	for j := range bv {
 		bv[j] = ZMM()
 	}
-	kLoop(name, k, a, lda, b, ldb, rows, func() {
+	kLoop(k, a, lda, b, ldb, rows, aops, func() {
 		for j := range bv {
 			if j == nv-1 {
 				VMOVUPS_Z(Mem{Base: b, Disp: 64 * j}, mask, bv[j])
@@ -185,7 +209,7 @@ func gemm2(mr, nv int, rows bool) {
 	for j := range bv {
 		bv[j] = YMM()
 	}
-	kLoop(name, k, a, lda, b, ldb, rows, func() {
+	kLoop(k, a, lda, b, ldb, rows, aops, func() {
 		for j := range bv {
 			VMOVUPS(Mem{Base: b, Disp: 32 * j}, bv[j])
 		}
