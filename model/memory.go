@@ -108,7 +108,7 @@ func tooLarge(dev kernels.Device, cfg Config, opt Options, plan kernels.Plan) er
 		o := opt
 		change(&o)
 		p, _, err := planned(dev, cfg, o)
-		return err == nil && p.Fits()
+		return err == nil && p.Total <= plan.Free
 	}
 	// The predictions that share the head at once shrink with the tokens.
 	setTokens := func(n int) func(*Options) {

@@ -1,0 +1,117 @@
+package model_test
+
+import (
+	"bytes"
+	"errors"
+	"math/rand/v2"
+	"testing"
+
+	"trainerd/internal/fault"
+	"trainerd/model"
+)
+
+// train runs steps on batches that depend on the step's number only.
+func train(t testing.TB, m *model.Model, steps int) {
+	t.Helper()
+	for range steps {
+		b := pack(randomSamples(rand.New(rand.NewPCG(uint64(m.Steps()), 9)), m.Config().Vocab), true)
+		if _, err := m.ForwardBackward(b, crossEntropy(len(b.Rows))); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := m.OptimStep(model.AdamW{LR: 0.01, Beta1: 0.9, Beta2: 0.95, Eps: 1e-8, WeightDecay: 0.1, MaxGradNorm: 1}); err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
+// TestStateRoundTrip: weights and state taken up by a fresh model go on exactly
+// as the first one does.
+func TestStateRoundTrip(t *testing.T) {
+	for name, cfg := range configs() {
+		t.Run(name, func(t *testing.T) {
+			dev := newDevice(t)
+			opt := trainOptions()
+			opt.Reference = true
+			a := load(t, dev, randomSource(t, cfg, 4), opt)
+			train(t, a, 3)
+			if err := a.SyncReference(0.3); err != nil {
+				t.Fatal(err)
+			}
+			var state bytes.Buffer
+			if err := a.SaveState(&state); err != nil {
+				t.Fatal(err)
+			}
+			b := load(t, dev, a.Export(), opt)
+			if err := b.LoadState(bytes.NewReader(state.Bytes())); err != nil {
+				t.Fatal(err)
+			}
+			var again bytes.Buffer
+			if err := b.SaveState(&again); err != nil {
+				t.Fatal(err)
+			}
+			if !bytes.Equal(state.Bytes(), again.Bytes()) {
+				t.Error("a loaded state is saved differently")
+			}
+			train(t, a, 2)
+			train(t, b, 2)
+			if a.Steps() != 5 || b.Steps() != 5 {
+				t.Errorf("%d and %d steps, expected 5", a.Steps(), b.Steps())
+			}
+			sameBits(t, "weights two steps on", weightsOf(t, b), weightsOf(t, a))
+		})
+	}
+}
+
+func TestStateRefuses(t *testing.T) {
+	cfg := configs()["llama-tied"]
+	dev, src := newDevice(t), randomSource(t, cfg, 4)
+	m := load(t, dev, src, trainOptions())
+	train(t, m, 1)
+	var buf bytes.Buffer
+	if err := m.SaveState(&buf); err != nil {
+		t.Fatal(err)
+	}
+	good := buf.Bytes()
+	flip := func(at int) []byte {
+		bad := bytes.Clone(good)
+		bad[at] ^= 0x10
+		return bad
+	}
+	for name, bad := range map[string][]byte{
+		"empty": nil, "magic": flip(0), "version": flip(8), "length": flip(12), "header": flip(17),
+		"body": flip(len(good) / 2), "end": flip(len(good) - 1), "truncated": good[:len(good)-9], "cut in the header": good[:20],
+	} {
+		target := load(t, dev, src, trainOptions())
+		err := target.LoadState(bytes.NewReader(bad))
+		if k := fault.KindOf(err); err == nil || (k != fault.Malformed && k != fault.Invalid) {
+			t.Errorf("%s: %v, expected a malformed or invalid fault", name, err)
+		}
+		// Either nothing was changed, or the model refuses to work half restored.
+		_, err = target.Score(pack([]sample{{[]int32{1}, [][]int32{{2}}}}, true), model.Policy, 1)
+		if half := name == "body" || name == "end" || name == "truncated"; half != (fault.KindOf(err) == fault.Unavailable && err != nil) {
+			t.Errorf("%s: scoring afterwards gives %v", name, err)
+		}
+	}
+	other := cfg
+	other.Layers++
+	if err := load(t, dev, randomSource(t, other, 4), trainOptions()).LoadState(bytes.NewReader(good)); fault.KindOf(err) != fault.Invalid || err == nil {
+		t.Errorf("state of another model: %v", err)
+	}
+	withRef := trainOptions()
+	withRef.Reference = true
+	if err := load(t, dev, src, withRef).LoadState(bytes.NewReader(good)); fault.KindOf(err) != fault.Invalid || err == nil {
+		t.Errorf("state without a reference: %v", err)
+	}
+	if err := m.SaveState(failingWriter{}); !errors.Is(err, errDisk) {
+		t.Errorf("full disk: %v", err)
+	}
+	if err := load(t, dev, src, model.Options{MaxTokens: 8}).SaveState(&buf); fault.KindOf(err) != fault.Invalid || err == nil {
+		t.Errorf("no optimizer: %v", err)
+	}
+}
+
+var errDisk = errors.New("disk full")
+
+type failingWriter struct{}
+
+func (failingWriter) Write([]byte) (int, error) { return 0, errDisk }
