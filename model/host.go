@@ -37,7 +37,7 @@ func (m *Model) putI32(x []int32) kernels.Buffer {
 }
 
 // act takes scratch memory for n elements of an activation.
-func (m *Model) act(n int) kernels.Buffer { return m.arena.Alloc(m.dev.Info().Compute, n) }
+func (m *Model) act(n int) kernels.Buffer { return m.arena.Alloc(m.policy.flat.Type(), n) }
 
 // putMaster writes exact float32 weights at an offset of the flat buffer. On a
 // BF16 device the value is split over the weight and its signed remainder.
