@@ -432,6 +432,9 @@ func TestAppendAfterAnErrorOfTheDisk(t *testing.T) {
 				t.Fatal(err)
 			}
 			holds(t, l, 1, 2)
+			if after, err := openOn(d, segmentBytes); err != nil || after.Cut() != 0 || after.Last() != 2 {
+				t.Fatal("a failed append left bytes behind", err)
+			}
 			mustAppend(t, l, 3, 5)
 			holds(t, l, 1, 5)
 			again, err := openOn(d, segmentBytes)
