@@ -5,6 +5,8 @@ import (
 	_ "embed"
 	"log/slog"
 	"net/http"
+	"slices"
+	"strings"
 	"time"
 
 	"github.com/labstack/echo/v4"
@@ -149,4 +151,25 @@ func (s *Server) ready(c echo.Context) error {
 // job finds the job that a path names.
 func (s *Server) job(c echo.Context) (*trainer.Job, error) {
 	return s.jobs.Job(trainer.JobID(c.Param("job")))
+}
+
+// Routes lists the routes as "METHOD /path/{parameter}", as openapi.json names them.
+func (s *Server) Routes() []string {
+	var out []string
+	for _, r := range s.echo.Routes() {
+		if r.Method == echo.RouteNotFound {
+			continue
+		}
+		parts := strings.Split(r.Path, "/")
+		for i, p := range parts {
+			if name, ok := strings.CutPrefix(p, ":"); ok {
+				parts[i] = "{" + name + "}"
+			} else if p == "*" {
+				parts[i] = "{name}"
+			}
+		}
+		out = append(out, r.Method+" "+strings.Join(parts, "/"))
+	}
+	slices.Sort(out)
+	return out
 }
