@@ -1,3 +1,5 @@
+//go:build unix
+
 package simd
 
 import (
@@ -5,6 +7,7 @@ import (
 	"math"
 	"math/rand/v2"
 	"runtime"
+	"syscall"
 	"testing"
 	"time"
 )
@@ -72,14 +75,25 @@ func benchSgemm(b *testing.B, transA, transB bool, m, n, k int, parallel bool) {
 	}
 	call()
 	b.ResetTimer()
-	best := time.Duration(math.MaxInt64)
+	best, leastCPU := time.Duration(math.MaxInt64), time.Duration(math.MaxInt64)
 	for range b.N {
-		start := time.Now()
+		start, cpu := time.Now(), cpuTime()
 		call()
-		best = min(best, time.Since(start))
+		best, leastCPU = min(best, time.Since(start)), min(leastCPU, cpuTime()-cpu)
 	}
 	flop := 2 * float64(m) * float64(n) * float64(k)
 	b.ReportMetric(flop*float64(b.N)/b.Elapsed().Seconds()/1e9, "GFLOP/s")
-	// The best call is what to compare on a machine that others load too.
+	// On a machine that others load too, compare the best call, or with one worker
+	// the best by the processor time that it took.
 	b.ReportMetric(flop/best.Seconds()/1e9, "best-GFLOP/s")
+	b.ReportMetric(flop/leastCPU.Seconds()/1e9, "cpu-GFLOP/s")
+}
+
+// cpuTime is the processor time of this process so far.
+func cpuTime() time.Duration {
+	var u syscall.Rusage
+	if err := syscall.Getrusage(syscall.RUSAGE_SELF, &u); err != nil {
+		panic(err)
+	}
+	return time.Duration(u.Utime.Nano() + u.Stime.Nano())
 }
