@@ -1,0 +1,105 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"net/http"
+	"strconv"
+	"strings"
+
+	"trainerd/internal/fault"
+	"trainerd/kernels"
+	"trainerd/kernels/cpu"
+	"trainerd/server"
+	"trainerd/storage"
+	"trainerd/trainer"
+)
+
+// Program is the server as a value: Start listens and returns, Close stops it
+// gracefully. Tests and the demo start it on port 0.
+type Program struct {
+	Config Config
+	Log    *slog.Logger
+
+	addr    net.Addr
+	http    *http.Server
+	api     *server.Server
+	manager *trainer.Manager
+	device  kernels.Device
+	served  chan error
+}
+
+// openDevice opens "cpu" or "cuda:N"; "auto" takes the first CUDA device there is, else the CPU.
+func openDevice(name string, workers int) (kernels.Device, error) {
+	switch {
+	case name == "cpu", name == "auto" && !cudaBuilt:
+		return cpu.New(workers)
+	case name == "auto":
+		if d, err := openCUDA(0); err == nil {
+			return d, nil
+		}
+		return cpu.New(workers)
+	case strings.HasPrefix(name, "cuda:"):
+		n, err := strconv.Atoi(strings.TrimPrefix(name, "cuda:"))
+		if err != nil || n < 0 {
+			return nil, fault.BadField("device", name, "cpu, auto or cuda:N")
+		}
+		return openCUDA(n)
+	}
+	return nil, fault.BadField("device", name, "cpu, auto or cuda:N")
+}
+
+// Start opens device, store and database, and serves. What it opened is closed again when it fails.
+func (p *Program) Start(ctx context.Context) (err error) {
+	store, err := openStore(ctx, p.Config, p.Config.Store)
+	if err != nil {
+		return fmt.Errorf("open store: %w", err)
+	}
+	p.device, err = openDevice(p.Config.Device, p.Config.Workers)
+	if err != nil {
+		return fmt.Errorf("open device: %w", err)
+	}
+	defer func() {
+		if err != nil {
+			p.device.Close()
+		}
+	}()
+	p.manager, err = trainer.NewManager(trainer.Options{
+		Device: p.device, DataDir: p.Config.Data, Store: store, Logger: p.Log, Version: engineVersion(),
+		OpenStore: func(ctx context.Context, url string) (storage.Blob, error) { return openStore(ctx, p.Config, url) },
+		Limits: trainer.Limits{
+			MaxBatchBytes: p.Config.MaxBodyBytes, MaxBatchRows: p.Config.MaxBatchRows, MaxBatchTokens: p.Config.MaxBatchTokens,
+			MaxQueuedRollouts: p.Config.MaxQueueRows, MaxQueuedTokens: p.Config.MaxQueueTokens,
+		},
+	})
+	if err != nil {
+		return fmt.Errorf("open data directory %s: %w", p.Config.Data, err)
+	}
+	l, err := net.Listen("tcp", p.Config.Listen)
+	if err != nil {
+		p.manager.Close(ctx)
+		return fmt.Errorf("listen: %w", err)
+	}
+	p.addr = l.Addr()
+	p.api = server.New(server.Options{Manager: p.manager, Logger: p.Log, Version: engineVersion()})
+	p.http = p.api.HTTPServer()
+	p.served = make(chan error, 1)
+	go func() { p.served <- p.http.Serve(l) }()
+	return nil
+}
+
+// URL returns the server's base address.
+func (p *Program) URL() string { return "http://" + p.addr.String() }
+
+// Close stops intake, lets the running step finish, writes what is pending and frees the device.
+func (p *Program) Close(ctx context.Context) error {
+	p.api.Close() // ends streams and long polls, which Shutdown would wait for
+	err := p.http.Shutdown(ctx)
+	if serr := <-p.served; serr != nil && !errors.Is(serr, http.ErrServerClosed) {
+		err = errors.Join(err, serr)
+	}
+	return errors.Join(err, p.manager.Close(ctx), p.device.Close())
+}
