@@ -6,6 +6,7 @@ import (
 	"runtime"
 
 	"trainerd/kernels"
+	"trainerd/kernels/cpu/internal/simd"
 	"trainerd/kernels/internal/seal"
 )
 
@@ -16,10 +17,11 @@ const alignment = 64
 // device implements kernels.Device and kernels.Scratcher.
 type device struct {
 	seal.Mark
-	workers int
+	pool    *simd.Pool
+	workers []worker
 	model   string
 	rope    map[ropeKey]*ropeTable
-	partial []float32 // partial sums of the reductions over rows, see rows.go
+	partial []float32 // partial sums of the reductions over rows, see reduceRows
 }
 
 // New returns a CPU device with the given number of workers; 0 means all cores.
@@ -31,22 +33,26 @@ func New(workers int) (kernels.Device, error) {
 	if workers == 0 {
 		workers = runtime.GOMAXPROCS(0)
 	}
-	return &device{workers: workers, model: processorName(), rope: map[ropeKey]*ropeTable{}}, nil
+	return &device{
+		pool: simd.NewPool(workers), workers: make([]worker, workers),
+		model: processorName(), rope: map[ropeKey]*ropeTable{},
+	}, nil
 }
 
 func (d *device) Info() kernels.Info {
 	total, free := hostMemory()
 	return kernels.Info{
 		Name: "cpu", Model: d.model, Compute: kernels.F32, GradType: kernels.F32,
-		Workers: d.workers, MemTotal: total, MemFree: free, Alignment: alignment,
+		Workers: len(d.workers), MemTotal: total, MemFree: free, Alignment: alignment,
 	}
 }
 
 // Sync returns nil: operations are done when they return.
 func (d *device) Sync() error { return nil }
 
-// Close forgets the device's tables. Buffers that were not freed stay mapped.
+// Close ends the device's workers. Buffers that were not freed stay mapped.
 func (d *device) Close() error {
+	d.pool.Close()
 	d.rope, d.partial = nil, nil
 	return nil
 }

@@ -4,9 +4,11 @@ import (
 	"math"
 
 	"trainerd/kernels"
+	"trainerd/kernels/cpu/internal/simd"
 )
 
-// headChunk returns how many rows of logits are held at once.
+// headChunk returns how many rows of logits are held at once: enough for an
+// efficient Gemm, within 64 MiB, and cut evenly. It depends on the shape alone.
 func headChunk(n, v int) int {
 	most := min(512, max(16, (64<<20)/(4*v)))
 	chunks := max(1, (n+most-1)/most)
@@ -14,11 +16,7 @@ func headChunk(n, v int) int {
 }
 
 func (d *device) HeadScratch(n, dim, v int, backward bool) int64 {
-	bytes := kernels.Round(int64(headChunk(n, v))*int64(v)*4, alignment)
-	if backward {
-		bytes += kernels.Round(int64(min(d.workers, headChunk(n, v)))*int64(v)*4, alignment)
-	}
-	return bytes
+	return kernels.Round(int64(headChunk(n, v))*int64(v)*4, alignment)
 }
 
 func (d *device) LogProb(h kernels.Head) { d.head("log-prob", h, nil) }
@@ -27,6 +25,9 @@ func (d *device) LogProbBackward(h kernels.Head, g kernels.HeadGrad) {
 	d.head("log-prob backward", h, &g)
 }
 
+// head runs chunks of rows through logits -> statistics -> logit gradients, in
+// place -> gradients of Hidden and W. Forward only (g nil) and forward with
+// backward share the code, so their log-probs agree bit for bit.
 func (d *device) head(op string, h kernels.Head, g *kernels.HeadGrad) {
 	n, dim, v := h.N, h.D, h.V
 	must(n >= 0 && dim > 0 && v > 0 && h.Temperature > 0, op, "N %d d %d V %d temperature %v", n, dim, v, h.Temperature)
@@ -43,74 +44,67 @@ func (d *device) head(op string, h kernels.Head, g *kernels.HeadGrad) {
 			d.Zero(g.DW)
 		}
 	}
+	if n == 0 {
+		return
+	}
+	must(h.Scratch != nil, op, "Scratch is nil")
 	mark := h.Scratch.Mark()
 	defer h.Scratch.Release(mark)
 	chunk := headChunk(n, v)
 	logits := scratch(op, h.Scratch, chunk*v)
-	var rows []float32
-	if g != nil {
-		rows = scratch(op, h.Scratch, min(d.workers, chunk)*v)
-	}
-	inv := 1 / h.Temperature
+	scale := 1 / h.Temperature
 	for from := 0; from < n; from += chunk {
 		m := min(chunk, n-from)
 		d.gemm(false, true, m, v, dim, hidden[from*dim:][:m*dim], w, logits[:m*v], false)
-		d.each(m, func(worker, i int) {
-			z, t := logits[i*v:][:v], int(targets[from+i])
-			if inv != 1 {
-				for j := range z {
-					z[j] *= inv
-				}
+		d.each(m, func(_, i int) {
+			z, row := logits[i*v:][:v], from+i
+			s := stats(z, targets[row], scale)
+			logProb[row] = s.logProb
+			if h.Entropy != nil {
+				entropy[row] = s.entropy
 			}
-			top := math.Inf(-1)
-			for _, a := range z {
-				top = max(top, float64(a))
-			}
-			var e []float32
 			if g != nil {
-				e = rows[worker*v:][:v]
+				dLogProb, dEntropy := grad.row(row, s.logProb, s.entropy)
+				s.gradient(z, dLogProb, dEntropy)
 			}
-			var s, sz float64
-			for j, a := range z {
-				x := math.Exp(float64(a) - top)
-				s += x
-				if x > 0 {
-					sz += x * (float64(a) - top)
-				}
-				if g != nil {
-					e[j] = float32(x)
-				}
-			}
-			logS := math.Log(s)
-			lp, ent := float32(float64(z[t])-top-logS), float32(logS-sz/s)
-			logProb[from+i] = lp
-			if entropy != nil {
-				entropy[from+i] = ent
-			}
-			if g == nil {
-				return
-			}
-			dlogp, dent := grad.row(from+i, lp, ent)
-			if dlogp == 0 && dent == 0 {
-				clear(z)
-				return
-			}
-			c := float32(1 / s)
-			for j, a := range z {
-				p := e[j] * c
-				y := -dlogp * p
-				if dent != 0 && p > 0 {
-					y -= dent * p * (float32(float64(a)-top-logS) + ent)
-				}
-				z[j] = y * inv
-			}
-			z[t] += dlogp * inv
 		})
 		if g != nil {
 			d.gemm(false, false, m, dim, v, logits[:m*v], w, dHidden[from*dim:][:m*dim], false)
 			d.gemm(true, false, v, dim, m, logits[:m*v], hidden[from*dim:][:m*dim], dW, g.Accumulate || from > 0)
 		}
 	}
+}
+
+// rowStats is what one row of logits z says about its target, with y = z*scale.
+type rowStats struct {
+	target           int32
+	scale, lse       float32 // lse: logsumexp(y)
+	logProb, entropy float32
+}
+
+func stats(z []float32, target int32, scale float32) rowStats {
+	top := simd.Max(z) * scale
+	s, sy := simd.LogitStats(z, scale, top)
+	log := math.Log(s)
+	return rowStats{
+		target: target, scale: scale, lse: float32(float64(top) + log),
+		logProb: float32(float64(scale)*float64(z[target]) - float64(top) - log),
+		entropy: float32(log - sy/s),
+	}
+}
+
+// gradient overwrites z with the gradient of dLogProb*logp + dEntropy*H:
+//
+//	dz_j = scale * (dLogProb*([j=target] - p_j) - dEntropy*p_j*(log p_j + H))
+//
+// It is exactly 0 when both are 0, even where the logits are not finite.
+func (s rowStats) gradient(z []float32, dLogProb, dEntropy float32) {
+	if dLogProb == 0 && dEntropy == 0 {
+		clear(z)
+		return
+	}
+	simd.DLogits(z, z, s.scale, s.lse, -s.scale*(dLogProb+dEntropy*s.entropy), -s.scale*dEntropy)
+	z[s.target] += s.scale * dLogProb
 }
 
 // rowGradient gives the derivatives of the loss with respect to one row's

@@ -88,7 +88,7 @@ type slab struct{ bytes, raw []byte }
 
 // largeSlab is from where on a slab is mapped by itself; smaller ones come from
 // the Go heap, since a mapping costs at least a page and two system calls.
-const largeSlab = 256 << 10
+const largeSlab = 4 << 20
 
 // takeSlab returns zeroed memory. It refuses what is not there, where the
 // system would promise it and end the process later.

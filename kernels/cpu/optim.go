@@ -4,6 +4,7 @@ import (
 	"math"
 
 	"trainerd/kernels"
+	"trainerd/kernels/cpu/internal/simd"
 )
 
 func (d *device) SumSquares(out, x kernels.Buffer) {
@@ -11,11 +12,7 @@ func (d *device) SumSquares(out, x kernels.Buffer) {
 	o, v := floats(op, "out", out, 1), anyFloats(op, "x", x)
 	sums := make([]float64, (len(v)+grain-1)/grain)
 	d.blocks(len(v), grain, func(from, to int) {
-		var s float64
-		for _, a := range v[from:to] {
-			s += float64(a) * float64(a)
-		}
-		sums[from/grain] = s
+		sums[from/grain] = simd.SumSquares(v[from:to])
 	})
 	total := float64(o[0])
 	for _, s := range sums {
@@ -38,11 +35,6 @@ func (d *device) ClipCoef(coef, sumsq kernels.Buffer, scale, maxNorm float32) {
 	c[0] = float32(v)
 }
 
-// adamScalars are the constants of one AdamW step.
-type adamScalars struct {
-	coef, decay, b1, b2, step, root, eps float32
-}
-
 func (d *device) AdamW(x kernels.AdamW) {
 	const op = "adamw"
 	p := anyFloats(op, "P", x.P)
@@ -54,22 +46,8 @@ func (d *device) AdamW(x kernels.AdamW) {
 	if !finite(float64(coef)) {
 		return
 	}
-	correct1, correct2 := 1-math.Pow(x.Beta1, float64(x.Step)), 1-math.Pow(x.Beta2, float64(x.Step))
-	s := adamScalars{
-		coef: coef, decay: float32(1 - x.LR*x.WeightDecay), b1: float32(x.Beta1), b2: float32(x.Beta2),
-		step: float32(x.LR / correct1), root: float32(1 / math.Sqrt(correct2)), eps: float32(x.Eps),
-	}
-	d.blocks(n, grain, func(from, to int) { s.apply(p[from:to], g[from:to], m[from:to], v[from:to], x.Beta1, x.Beta2) })
-}
-
-func (s adamScalars) apply(p, g, m, v []float32, beta1, beta2 float64) {
-	c1, c2 := float32(1-beta1), float32(1-beta2)
-	for i := range p {
-		gi := g[i] * s.coef
-		m[i] = s.b1*m[i] + c1*gi
-		v[i] = s.b2*v[i] + c2*gi*gi
-		p[i] = s.decay*p[i] - s.step*m[i]/(float32(math.Sqrt(float64(v[i])))*s.root+s.eps)
-	}
+	c := simd.NewAdamWCoef(x.LR, x.Beta1, x.Beta2, x.Eps, x.WeightDecay, x.Step, coef)
+	d.blocks(n, grain, func(from, to int) { simd.AdamW(p[from:to], g[from:to], m[from:to], v[from:to], &c) })
 }
 
 func (d *device) Advantages(a kernels.Advantages) {

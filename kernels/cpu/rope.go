@@ -5,6 +5,7 @@ import (
 	"math"
 
 	"trainerd/kernels"
+	"trainerd/kernels/cpu/internal/simd"
 )
 
 // ropeKey is what a table of angles depends on.
@@ -62,9 +63,10 @@ func (d *device) Rope(x kernels.Rope) {
 	width := checkHeads(op, t, h, kv, hd)
 	out, in, pos := floats(op, "Out", x.Out, t*width), floats(op, "In", x.In, t*width), ints(op, "Pos", x.Pos, t)
 	qw, kw := optional(op, "QW", x.QW, hd), optional(op, "KW", x.KW, hd)
-	must((qw == nil) == (kw == nil), op, "QW and KW go together")
+	must((x.QW == nil) == (x.KW == nil), op, "QW and KW go together")
+	must(x.QW == nil || t == 0 || &out[0] != &in[0], op, "Out aliases In, which QK-norm does not allow")
 	var rstd []float32
-	if qw != nil {
+	if x.QW != nil {
 		rstd = optional(op, "Rstd", x.Rstd, t*(h+kv))
 	}
 	table, half := d.angles(x.Theta, hd/2, pos), hd/2
@@ -73,35 +75,23 @@ func (d *device) Rope(x kernels.Rope) {
 			cos, sin := table.cos[int(pos[i])*half:][:half], table.sin[int(pos[i])*half:][:half]
 			for j := range h + kv {
 				src, dst := in[i*width+j*hd:][:hd], out[i*width+j*hd:][:hd]
-				if qw != nil {
+				if x.QW != nil {
 					w := qw
 					if j >= h {
 						w = kw
 					}
 					r := inverseRMS(src, x.Eps)
-					if rstd != nil {
+					if x.Rstd != nil {
 						rstd[i*(h+kv)+j] = r
 					}
-					for k, v := range src {
-						dst[k] = v * r * w[k]
-					}
+					simd.ScaleMul(dst, src, w, r)
 					src = dst
 				}
-				rotate(dst, src, cos, sin, 1)
+				simd.Rope(dst, src, cos, sin)
 			}
 			copy(out[i*width+(h+kv)*hd:][:kv*hd], in[i*width+(h+kv)*hd:][:kv*hd])
 		}
 	})
-}
-
-// rotate turns the pairs (i, i+half) by their angle, or back with sign -1. dst may alias src.
-func rotate(dst, src, cos, sin []float32, sign float32) {
-	half := len(cos)
-	for i, c := range cos {
-		s := sign * sin[i]
-		a, b := src[i], src[half+i]
-		dst[i], dst[half+i] = a*c-b*s, b*c+a*s
-	}
 }
 
 func (d *device) RopeBackward(x kernels.RopeBackward) {
@@ -114,7 +104,7 @@ func (d *device) RopeBackward(x kernels.RopeBackward) {
 		cos, sin := table.cos[int(pos[i])*half:][:half], table.sin[int(pos[i])*half:][:half]
 		for j := range h + kv {
 			g := grad[i*width+j*hd:][:hd]
-			rotate(g, g, cos, sin, -1)
+			simd.RopeInverse(g, g, cos, sin)
 		}
 	}
 	if x.QW == nil {
@@ -129,7 +119,8 @@ func (d *device) RopeBackward(x kernels.RopeBackward) {
 	qw, kw := floats(op, "QW", x.QW, hd), floats(op, "KW", x.KW, hd)
 	dqw, dkw := floats(op, "DQW", x.DQW, hd), floats(op, "DKW", x.DKW, hd)
 	both := make([]float32, 2*hd) // dqw and dkw in one reduction
-	d.reduceRows(both, t, false, func(sum []float32, from, to int) {
+	d.reduceRows(both, t, false, func(wk *worker, sum []float32, from, to int) {
+		temp := wk.floats(hd)
 		for i := from; i < to; i++ {
 			turn(i)
 			for j := range h + kv {
@@ -138,7 +129,7 @@ func (d *device) RopeBackward(x kernels.RopeBackward) {
 					w, dw = kw, sum[hd:]
 				}
 				g := grad[i*width+j*hd:][:hd]
-				normRowBackward(g, dw, g, in[i*width+j*hd:][:hd], w, rstd[i*(h+kv)+j], false)
+				normRowBackward(g, dw, g, in[i*width+j*hd:][:hd], w, temp, rstd[i*(h+kv)+j], false)
 			}
 		}
 	})
@@ -146,8 +137,8 @@ func (d *device) RopeBackward(x kernels.RopeBackward) {
 		clear(dqw)
 		clear(dkw)
 	}
-	axpy(1, both[:hd], dqw)
-	axpy(1, both[hd:], dkw)
+	simd.Add(dqw, dqw, both[:hd])
+	simd.Add(dkw, dkw, both[hd:])
 }
 
 // checkHeads returns W, the width of packed q|k|v rows.

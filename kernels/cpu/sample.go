@@ -1,10 +1,12 @@
 package cpu
 
 import (
+	"cmp"
 	"math"
 	"slices"
 
 	"trainerd/kernels"
+	"trainerd/kernels/cpu/internal/simd"
 )
 
 func (d *device) DrawScratch(n, dim, v int) int64 {
@@ -20,6 +22,10 @@ func (d *device) Sample(x kernels.Draw) {
 	tokens, logProb := ints(op, "Tokens", x.Tokens, n), floats(op, "LogProb", x.LogProb, n)
 	u := optional(op, "U", x.U, n)
 	must(u != nil || x.Temperature == 0, op, "U is nil and temperature %v", x.Temperature)
+	if n == 0 {
+		return
+	}
+	must(x.Scratch != nil, op, "Scratch is nil")
 	mark := x.Scratch.Mark()
 	defer x.Scratch.Release(mark)
 	chunk := headChunk(n, v)
@@ -30,84 +36,104 @@ func (d *device) Sample(x kernels.Draw) {
 		d.each(m, func(_, i int) {
 			z := logits[i*v:][:v]
 			if x.Temperature == 0 {
-				tokens[from+i], logProb[from+i] = drawRow(z, 0, 1, 1, true)
+				tokens[from+i], logProb[from+i] = greedyRow(z)
 				return
 			}
-			tokens[from+i], logProb[from+i] = drawRow(z, u[from+i], 1/x.Temperature, x.TopP, false)
+			tokens[from+i], logProb[from+i] = drawRow(z, u[from+i], 1/x.Temperature, x.TopP)
 		})
 	}
 }
 
-// drawRow draws one id from softmax(z*inv), overwriting z with exp(z*inv - max).
+// greedyRow returns the id of the greatest logit (the lowest on a tie) and its
+// log-prob at temperature 1. A row with a NaN gives id 0 and NaN.
+func greedyRow(z []float32) (int32, float32) {
+	top := simd.Max(z)
+	best := max(0, slices.Index(z, top))
+	return int32(best), float32(-math.Log(float64(simd.ExpSum(z, top, 1))))
+}
+
+// drawRow draws one id from softmax(z*scale), overwriting z with exp(z*scale - max).
 //
 // The nucleus is the shortest run of ids, by falling probability (ties: lower
 // id first), whose mass reaches topP. The cumulative sum that u inverts runs
-// over the nucleus in id order, so that topP 1 needs no sort and changes nothing.
-func drawRow(z []float32, u, inv, topP float32, greedy bool) (int32, float32) {
-	best := 0
-	for j := range z {
-		z[j] *= inv
-		if z[j] > z[best] {
-			best = j
-		}
+// over the nucleus in id order, so that topP 1 needs no sort. A row with a NaN
+// gives id 0 and NaN.
+func drawRow(z []float32, u, scale, topP float32) (int32, float32) {
+	simd.ExpScaleShift(z, z, scale, simd.Max(z)*scale)
+	sum := simd.Sum(z)
+	if math.IsNaN(sum) {
+		return 0, float32(sum)
 	}
-	top := float64(z[best])
-	var sum float64
-	lpBest := -1.0
-	_ = lpBest
-	shift := make([]float32, 0)
-	_ = shift
-	for j, a := range z {
-		e := math.Exp(float64(a) - top)
-		sum += e
-		z[j] = float32(e)
+	var id int32
+	if topP < 1 {
+		id = invertNucleus(z, nucleus(z, sum, topP), float64(u))
+	} else {
+		id = invert(z, float64(u)*sum)
 	}
-	logProb := func(j int) float32 { return float32(math.Log(float64(z[j])) - math.Log(sum)) }
-	if greedy || math.IsNaN(sum) {
-		return int32(best), logProb(best)
-	}
-	keep, mass := nucleus(z, sum, topP)
-	aim, seen, last := float64(u)*mass, 0.0, best
-	for j, e := range z {
-		if e == 0 || keep != nil && !keep[int32(j)] {
-			continue
-		}
-		seen, last = seen+float64(e), j
-		if seen > aim {
-			break
-		}
-	}
-	return int32(last), logProb(last)
+	return id, float32(math.Log(float64(z[id])) - math.Log(sum))
 }
 
-// nucleus returns the kept ids (nil: all) and their mass.
-func nucleus(e []float32, sum float64, topP float32) (map[int32]bool, float64) {
-	if topP >= 1 {
-		return nil, sum
+// invert returns the first id where the cumulative sum of e exceeds aim, or the
+// last id of positive mass when rounding leaves none. Whole blocks are skipped by their sum.
+func invert(e []float32, aim float64) int32 {
+	const block = 1024
+	seen, last := 0.0, int32(0)
+	for from := 0; from < len(e); from += block {
+		b := e[from:min(from+block, len(e))]
+		s := simd.Sum(b)
+		if seen+s <= aim && from+block < len(e) {
+			seen += s
+			continue
+		}
+		for j, a := range b {
+			if a > 0 {
+				seen, last = seen+float64(a), int32(from+j)
+				if seen > aim {
+					return last
+				}
+			}
+		}
 	}
-	ids := make([]int32, 0, 256)
+	return last
+}
+
+// nucleus returns the ids of the nucleus in ascending order.
+func nucleus(e []float32, sum float64, topP float32) []int32 {
+	// What is less likely than (1-topP)/V cannot matter: all of it together
+	// weighs less than 1-topP, so the rest alone reaches topP. The margin
+	// covers rounding. This leaves a few ids to sort.
 	floor := float32((1 - float64(topP)) * sum / float64(len(e)) * 0.999)
+	var ids []int32
 	for j, a := range e {
-		if a >= floor {
+		if a >= floor && a > 0 {
 			ids = append(ids, int32(j))
 		}
 	}
 	slices.SortFunc(ids, func(a, b int32) int {
-		if e[a] != e[b] {
-			if e[a] > e[b] {
-				return -1
-			}
-			return 1
-		}
-		return int(a - b)
+		return cmp.Or(cmp.Compare(e[b], e[a]), cmp.Compare(a, b))
 	})
-	keep, mass := map[int32]bool{}, 0.0
-	for _, j := range ids {
-		keep[j] = true
-		mass += float64(e[j])
-		if mass >= float64(topP)*sum {
+	mass := 0.0
+	for i, j := range ids {
+		if mass += float64(e[j]); mass >= float64(topP)*sum {
+			ids = ids[:i+1]
 			break
 		}
 	}
-	return keep, mass
+	slices.Sort(ids)
+	return ids
+}
+
+// invertNucleus is invert over some ids, with u in [0,1).
+func invertNucleus(e []float32, ids []int32, u float64) int32 {
+	mass := 0.0
+	for _, j := range ids {
+		mass += float64(e[j])
+	}
+	seen := 0.0
+	for _, j := range ids {
+		if seen += float64(e[j]); seen > u*mass {
+			return j
+		}
+	}
+	return ids[len(ids)-1]
 }

@@ -6,11 +6,9 @@ import (
 	"gorgonia.org/tensor"
 
 	"trainerd/kernels"
+	"trainerd/kernels/cpu/internal/simd"
 	"trainerd/kernels/internal/seal"
 )
-
-// grain is the number of elements of an elementwise operation that one task takes.
-const grain = 1 << 16
 
 // host returns the backing slice of a contiguous host tensor.
 func host(op string, x *tensor.Dense) any {
@@ -81,14 +79,9 @@ func (d *device) Lerp(dst, src kernels.Buffer, alpha float32) {
 	x := anyFloats(op, "dst", dst)
 	y := floats(op, "src", src, len(x))
 	d.blocks(len(x), grain, func(from, to int) {
-		for i := from; i < to; i++ {
-			x[i] = (1-alpha)*x[i] + alpha*y[i]
-		}
+		simd.Lerp(x[from:to], y[from:to], alpha)
 	})
 }
-
-// rowBlock returns how many rows of a width make a task of about grain elements.
-func rowBlock(width int) int { return max(1, grain/4/max(width, 1)) }
 
 func (d *device) Gather(out, table, rows kernels.Buffer, width int) {
 	const op = "gather"
@@ -139,7 +132,7 @@ func (d *device) ScatterAdd(dst, src kernels.Buffer, s kernels.Scatter, width in
 				clear(row)
 			}
 			for _, r := range ix.Src[ix.Start[u]:ix.Start[u+1]] {
-				axpy(1, x[int(r)*width:][:width], row)
+				simd.Add(row, row, x[int(r)*width:])
 			}
 		}
 	})
