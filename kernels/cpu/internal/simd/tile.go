@@ -41,8 +41,10 @@ type strip struct {
 }
 
 // tile computes c[0:rows, 0:cols] (+)= A·B over k steps; rows <= mr, cols <= nr.
-// a and b begin at the tile's first row, column and step. Unless full is set, B
-// must be readable to the end of its last vector, in AVX2 and portable code.
+// a and b begin at the tile's first row, column and step. AVX-512 reads and writes
+// no column past cols; the other levels read B, not C, to the end of the last
+// vector, so their B is a packed panel or whole vectors. Portable code takes packed
+// panels only.
 func tile(level Level, rows, cols, k int, a strip, b strip, c []float32, ldc int, load bool) {
 	g := &geometries[level]
 	nv := (cols + g.lanes - 1) / g.lanes
