@@ -27,7 +27,7 @@ type fakePolicy struct {
 	scored    int // calls of Score
 	fused     int // of ForwardBackward, without Coefficients
 	optim     []model.AdamW
-	synced    []float32
+	synced    map[int]float32 // alpha by steps done
 	maxTokens int
 	temps     map[float32]bool
 	optimErr  error
@@ -117,7 +117,10 @@ func (f *fakePolicy) OptimStep(o model.AdamW) (model.StepResult, error) {
 }
 
 func (f *fakePolicy) SyncReference(alpha float32) error {
-	f.synced = append(f.synced, alpha)
+	if f.synced == nil {
+		f.synced = map[int]float32{}
+	}
+	f.synced[f.step] = alpha
 	return nil
 }
 

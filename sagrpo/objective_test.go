@@ -44,6 +44,7 @@ func TestObjectivesAgainstReference(t *testing.T) {
 		{"truncated kept", shape{sampler: 1, truncated: true}, func(o *Objective) {}, true, true},
 		{"delta", plain, func(o *Objective) { o.Delta = 1.5 }, false, false},
 		{"no clip range", plain, func(o *Objective) { o.EpsilonLow, o.EpsilonHigh = 0, 0 }, false, false},
+		{"wide clip range", plain, func(o *Objective) { o.EpsilonLow, o.EpsilonHigh = 0.1, 0.3 }, false, false},
 		{"tight cap", plain, func(o *Objective) {
 			if o.RatioCap > 0 {
 				o.RatioCap = 1.1
@@ -256,6 +257,41 @@ func TestOneToken(t *testing.T) {
 				}
 			}
 		})
+	}
+}
+
+// TestClipCounts: which ratios count as clipped, and where.
+func TestClipCounts(t *testing.T) {
+	for _, c := range []struct {
+		objective         string
+		delta             float64
+		g, adv            float64
+		low, high, region float64
+	}{
+		{"sa_grpo", 0, 1.2801, 1, 0, 1, 1},
+		{"sa_grpo", 0, 1.28, 1, 0, 0, 0},
+		{"sa_grpo", 0, 1.2801, -1, 0, 0, 0},
+		{"sa_grpo", 0, 1.2801, 0, 0, 0, 0},
+		{"sa_grpo", 0, 0.7999, -1, 1, 0, 1},
+		{"sa_grpo", 0, 0.8, -1, 0, 0, 0},
+		{"sa_grpo", 0, 0.7999, 1, 0, 0, 0},
+		{"sa_grpo", 2, 2.01, -1, 0, 0, 1},
+		{"sa_grpo", 2, 2, -1, 0, 0, 0},
+		{"sa_grpo", 2, 2.01, 1, 0, 1, 1},
+		{"gspo", 0, 1.0005, 1, 0, 1, 1},
+		{"gspo", 0, 0.9996, -1, 1, 0, 1},
+		{"cispo", 0, 5.01, 1, 0, 1, 1},
+		{"cispo", 0, 5.01, -1, 0, 1, 1},
+		{"cispo", 0, 5, 1, 0, 0, 0},
+	} {
+		o := DefaultObjective(c.objective)
+		o.Delta = c.delta
+		l := newLoss(o)
+		var got tally
+		got.ratio(c.g, c.adv, &l)
+		if want := (tally{n: 1, sum: c.g, max: c.g, low: c.low, high: c.high, region: c.region}); got != want {
+			t.Errorf("%s, ratio %v, advantage %v: %+v, expected %+v", c.objective, c.g, c.adv, got, want)
+		}
 	}
 }
 
