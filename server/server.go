@@ -80,11 +80,7 @@ func New(o Options) *Server {
 	s.echo.HTTPErrorHandler = s.answerError
 	s.echo.Use(s.identify, s.observe, s.recover)
 	s.probes()
-	guard := o.Guard
-	if guard == nil {
-		guard = func(next echo.HandlerFunc) echo.HandlerFunc { return next }
-	}
-	s.routes(s.echo.Group("/v1", guard))
+	s.routes(o.Guard)
 	return s
 }
 
@@ -115,28 +111,36 @@ func (s *Server) probes() {
 	e.GET("/openapi.json", func(c echo.Context) error { return c.JSONBlob(http.StatusOK, openAPI) })
 }
 
-func (s *Server) routes(v1 *echo.Group) {
-	timed := s.timed
-	v1.POST("/jobs", s.createJob, timed)
-	v1.GET("/jobs", s.listJobs, timed)
-	v1.GET("/jobs/:job", s.getJob, timed)
-	v1.DELETE("/jobs/:job", s.cancelJob, timed)
-	v1.POST("/jobs/:job/pause", s.pauseJob, timed)
-	v1.POST("/jobs/:job/resume", s.resumeJob, timed)
-	v1.POST("/jobs/:job/flush", s.flushJob, timed)
-	v1.POST("/jobs/:job/rollouts", s.postRollouts, timed)
-	v1.GET("/jobs/:job/batches/:batch", s.getBatch, timed)
-	v1.POST("/jobs/:job/sample", s.sample, timed)
-	v1.POST("/jobs/:job/logprobs", s.logProbs, timed)
-	v1.GET("/jobs/:job/steps", s.steps, timed)
-	v1.GET("/jobs/:job/metrics", s.stepMetrics, timed)
-	v1.GET("/jobs/:job/events", s.events)
-	v1.POST("/jobs/:job/checkpoints", s.publish, timed)
-	v1.GET("/jobs/:job/checkpoints", s.listCheckpoints, timed)
-	v1.GET("/jobs/:job/checkpoints/latest", s.latestCheckpoint, timed)
-	v1.GET("/jobs/:job/checkpoints/:step", s.getCheckpoint, timed)
-	v1.GET("/jobs/:job/checkpoints/:step/files/*", s.checkpointFile)
-	v1.HEAD("/jobs/:job/checkpoints/:step/files/*", s.checkpointFile)
+// routes registers /v1. Middleware goes to each route rather than to a group,
+// whose catch-all would answer 404 where 405 is true.
+func (s *Server) routes(guard echo.MiddlewareFunc) {
+	add := func(method, path string, h echo.HandlerFunc, more ...echo.MiddlewareFunc) {
+		if guard != nil {
+			more = append([]echo.MiddlewareFunc{guard}, more...)
+		}
+		s.echo.Add(method, "/v1"+path, h, more...)
+	}
+	const get, post, del, head = http.MethodGet, http.MethodPost, http.MethodDelete, http.MethodHead
+	add(post, "/jobs", s.createJob, s.timed)
+	add(get, "/jobs", s.listJobs, s.timed)
+	add(get, "/jobs/:job", s.getJob, s.timed)
+	add(del, "/jobs/:job", s.cancelJob, s.timed)
+	add(post, "/jobs/:job/pause", s.pauseJob, s.timed)
+	add(post, "/jobs/:job/resume", s.resumeJob, s.timed)
+	add(post, "/jobs/:job/flush", s.flushJob, s.timed)
+	add(post, "/jobs/:job/rollouts", s.postRollouts, s.timed)
+	add(get, "/jobs/:job/batches/:batch", s.getBatch, s.timed)
+	add(post, "/jobs/:job/sample", s.sample, s.timed)
+	add(post, "/jobs/:job/logprobs", s.logProbs, s.timed)
+	add(get, "/jobs/:job/steps", s.steps, s.timed)
+	add(get, "/jobs/:job/metrics", s.stepMetrics, s.timed)
+	add(get, "/jobs/:job/events", s.events)
+	add(post, "/jobs/:job/checkpoints", s.publish, s.timed)
+	add(get, "/jobs/:job/checkpoints", s.listCheckpoints, s.timed)
+	add(get, "/jobs/:job/checkpoints/latest", s.latestCheckpoint, s.timed)
+	add(get, "/jobs/:job/checkpoints/:step", s.getCheckpoint, s.timed)
+	add(get, "/jobs/:job/checkpoints/:step/files/*", s.checkpointFile)
+	add(head, "/jobs/:job/checkpoints/:step/files/*", s.checkpointFile)
 }
 
 func (s *Server) ready(c echo.Context) error {

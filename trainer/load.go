@@ -154,22 +154,32 @@ func copyObject(ctx context.Context, blob storage.Blob, key, to string) error {
 func (b *baseModel) open(spec *Spec) error {
 	dir, err := hf.Open(b.path)
 	if err != nil {
-		if _, ok := fault.As(err); ok {
-			return fmt.Errorf("open model.source: %w", err)
-		}
-		return &fault.Error{Kind: fault.Invalid, Code: "invalid_model", Err: err,
-			Fields: []fault.Field{{Name: "model.source", Row: -1, Got: b.source, Expected: "a readable Hugging Face directory"}}}
+		return badModel(b.source, err)
 	}
 	b.dir = dir
 	b.configJSON = dir.ConfigJSON()
 	if b.carried, err = dir.Carried(); err != nil {
-		return fmt.Errorf("open model.source: %w", err)
+		return badModel(b.source, err)
 	}
 	b.dtype = spec.Checkpoint.DType
 	if b.dtype == "source" {
 		b.dtype = dir.DType()
 	}
 	return nil
+}
+
+// badModel says that a job's source is no good: whatever is wrong with the
+// files, the request that named them is what can be mended.
+func badModel(source string, err error) error {
+	e := &fault.Error{Kind: fault.Invalid, Code: "invalid_model", Msg: "open model.source", Err: err,
+		Fields: []fault.Field{{Name: "model.source", Row: -1, Got: clip(source), Expected: "a readable Hugging Face directory"}}}
+	if f, ok := fault.As(err); ok {
+		if f.Code != "" {
+			e.Code = f.Code
+		}
+		e.Fields = append(e.Fields, f.Fields...)
+	}
+	return e
 }
 
 func (b *baseModel) config() model.Config { return b.dir.Config() }
