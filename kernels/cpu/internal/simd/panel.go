@@ -2,7 +2,7 @@ package simd
 
 // A panel holds `width` lanes of an operand for each step of a block of k: rows
 // of op(A) or columns of op(B), step after step. Lanes past the operand's edge
-// are zero.
+// hold anything: no lane of a tile depends on another, and they are not stored.
 
 // packRows fills dst[p*stride + lane] = x[(first+lane)*ld + from + p] for count
 // lanes and steps from..to: lanes are rows of x, steps its columns.
