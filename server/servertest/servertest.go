@@ -188,3 +188,20 @@ func tokens(rng *rand.Rand, n int) []int32 {
 	}
 	return out
 }
+
+// Crash returns a server that was started on copies of the directories as they
+// are now: what a start after kill -9 at this moment finds. The first one goes on.
+func (e *Env) Crash(t testing.TB) *Env {
+	t.Helper()
+	o := e.opts
+	o.ModelDir = e.ModelDir
+	c := &Env{opts: o, ModelDir: e.ModelDir, DataDir: t.TempDir(), StoreDir: t.TempDir()}
+	for from, to := range map[string]string{e.DataDir: c.DataDir, e.StoreDir: c.StoreDir} {
+		if err := os.CopyFS(to, os.DirFS(from)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	c.Boot(t)
+	t.Cleanup(func() { c.Stop() })
+	return c
+}
