@@ -138,6 +138,14 @@ func gemm512(mr, nv int, rows bool) {
 		bv[j] = ZMM()
 	}
 	kLoop(k, a, lda, b, ldb, rows, aops, func() {
+		// The panels together exceed the first-level cache: ask for the lines of
+		// eight steps ahead.
+		for j := range bv {
+			PREFETCHT0(Mem{Base: b, Index: ldb, Scale: 8, Disp: 64 * j})
+		}
+		if !rows {
+			PREFETCHT0(Mem{Base: a, Index: lda, Scale: 8})
+		}
 		for j := range bv {
 			if j == nv-1 {
 				VMOVUPS_Z(Mem{Base: b, Disp: 64 * j}, mask, bv[j])
