@@ -331,7 +331,7 @@ func TestCheckPolicySteps(t *testing.T) {
 // at every moment the depth is what the groups say.
 func TestReplayGivesTheSameState(t *testing.T) {
 	r := seeded(t)
-	for range 60 {
+	for range 40 {
 		opts := AssemblerOptions{GroupSize: 1 + r.IntN(4), MaxPolicyLag: int64(r.IntN(4)) - 1, GroupTimeout: time.Duration(r.IntN(20)),
 			Incomplete: []string{IncompleteDrop, IncompleteTrain}[r.IntN(2)]}
 		var calls []func(*Assembler)

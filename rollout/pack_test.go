@@ -124,7 +124,7 @@ func predictions(t *testing.T, groups []Group, packed []Packed, maxTokens int) m
 // own earlier tokens only, for any budget.
 func TestPackPredictsEachTokenOnceFromItsContext(t *testing.T) {
 	r := seeded(t)
-	for range 300 {
+	for range 150 {
 		groups := randomGroups(r, 20, 15)
 		maxTokens := 34 + r.IntN(150) // 20 + 15 - 1 always fits
 		packed, err := Pack(groups, maxTokens)

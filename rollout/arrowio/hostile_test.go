@@ -15,16 +15,19 @@ import (
 
 	"github.com/apache/arrow/go/v17/arrow"
 	"github.com/google/go-cmp/cmp"
+	"github.com/klauspost/compress/zstd"
+	"github.com/pierrec/lz4/v4"
 
 	"trainerd/internal/fault"
 	"trainerd/rollout"
 )
 
-// mustFault checks that an error is a fault of the client's making.
+// mustFault checks that an error is a fault of the client's making, found by a
+// check and not by a panic.
 func mustFault(t *testing.T, err error) {
 	t.Helper()
 	f, ok := fault.As(err)
-	if !ok || f.Kind != fault.Malformed && f.Kind != fault.Invalid && f.Kind != fault.TooLarge {
+	if !ok || f.Kind != fault.Malformed && f.Kind != fault.Invalid && f.Kind != fault.TooLarge || f.Code == codePanic {
 		t.Fatalf("not a fault of the input: %v", err)
 	}
 }
@@ -171,6 +174,45 @@ func TestDecompressionBombs(t *testing.T) {
 	}
 	if _, err := DecodeBytes(wideStream(t, 50, "zstd"), testSchema, testLimits); err != nil {
 		t.Fatal(err)
+	}
+}
+
+// A compressed buffer holds what it says, no more and no less, and a claim that
+// no compression could fulfil costs nothing.
+func TestInflateHoldsTheClaim(t *testing.T) {
+	want := bytes.Repeat([]byte("rollout "), 1000)
+	var lz bytes.Buffer
+	w := lz4.NewWriter(&lz)
+	if _, err := w.Write(want); err != nil {
+		t.Fatal(err)
+	}
+	if err := w.Close(); err != nil {
+		t.Fatal(err)
+	}
+	enc, err := zstd.NewWriter(nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for codec, raw := range map[int][]byte{codecLZ4: lz.Bytes(), codecZSTD: enc.EncodeAll(want, nil)} {
+		got, err := inflate(codec, raw, len(want))
+		if err != nil || !bytes.Equal(got, want) {
+			t.Fatal(codec, err)
+		}
+		for _, claim := range []int{1, len(want) - 8, len(want) - 1, len(want) + 1, len(want) * 2} {
+			_, err := inflate(codec, raw, claim)
+			if err == nil {
+				t.Errorf("codec %d: %d bytes passed for %d", codec, len(want), claim)
+				continue
+			}
+			mustFault(t, err)
+		}
+		n := allocated(func() {
+			_, err := inflate(codec, raw[:10], 64<<20)
+			mustFault(t, err)
+		})
+		if n > 1<<20 {
+			t.Errorf("codec %d: 10 bytes that claim 64 MiB took %d", codec, n)
+		}
 	}
 }
 

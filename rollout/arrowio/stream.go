@@ -142,7 +142,7 @@ func (s *stream) message() (*message, error) {
 func (s *stream) end() error {
 	if s.r == nil {
 		if len(s.data) > 0 {
-			return malformed("%d bytes follow the end of the stream", len(s.data))
+			return malformed("bytes follow the end of the stream")
 		}
 		return nil
 	}
