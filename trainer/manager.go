@@ -206,7 +206,8 @@ func (m *Manager) Create(ctx context.Context, body []byte, key string) (job *Job
 	if m.closing {
 		m.mu.Unlock()
 		kept = true // it is recorded: the next start runs it
-		return nil, false, errClosed
+		base.close()
+		return nil, false, errors.Join(errClosed, job.spool.Close())
 	}
 	m.jobs[rec.ID] = job
 	m.start(job, base, false)

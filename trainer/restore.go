@@ -7,6 +7,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"time"
 
 	"trainerd/internal/fault"
 	"trainerd/model"
@@ -15,6 +16,10 @@ import (
 	"trainerd/sagrpo"
 	"trainerd/storage"
 )
+
+// sweepAge is how old an upload without a manifest must be before it counts as
+// interrupted: far longer than the upload of one file takes.
+const sweepAge = 6 * time.Hour
 
 // load brings the job's model to the device. A new job starts from its base; a
 // restored one from its newest snapshot, from which the recorded steps are replayed.
@@ -44,6 +49,11 @@ func (j *Job) load(ctx context.Context, base *baseModel, restored bool) (snap *s
 		}
 	}
 	if restored {
+		if swept, err := j.m.ckpts.Sweep(ctx, string(j.ID), sweepAge); err != nil {
+			j.m.log.Warn("sweep interrupted uploads", "job", j.ID, "err", err)
+		} else if len(swept) > 0 {
+			j.m.log.Info("interrupted uploads swept", "job", j.ID, "prefixes", swept)
+		}
 		if snap, err = j.findSnapshot(ctx); err != nil {
 			return nil, err
 		}
