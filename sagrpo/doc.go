@@ -18,7 +18,9 @@
 //
 // and the loss is -J: no division of A by the standard deviation, no 1/length,
 // no KL term unless beta asks for one. The other objectives are rows of the table
-// in rule.go. Each is held to an independent float64 reference in the tests.
+// in rule.go (bnpo is another name of dapo). Each is held to an independent
+// float64 reference in the tests, and all that TRL has to TRL's own loss, made
+// into goldens by testdata/trl_goldens.py.
 //
 // # What the paper leaves open, and our choices
 //
@@ -29,7 +31,8 @@
 //     (grpo, gspo: the active tokens of the sequence; dapo, cispo: of the step). A
 //     sequence without active tokens adds 0 and still counts in B and G.
 //   - All denominators are those of the whole step, fixed before it is cut into
-//     micro-batches. KL and entropy terms have the weights of the policy term.
+//     micro-batches. KL and entropy terms have the weights of the policy term
+//     (TRL's entropy term is a mean over tokens whatever the objective).
 //   - In a group without variance (greatest reward = least) advantages are exactly
 //     0. It stays in the denominators and is not computed at all when beta and
 //     entropy_coef are 0. A step of such groups runs the optimizer with a zero

@@ -37,6 +37,9 @@ func ParseObjective(raw json.RawMessage) (Objective, error) {
 // ParseOptimizer reads the "optimizer" member of a job over DefaultOptimizer; see ParseObjective.
 func ParseOptimizer(raw json.RawMessage) (Optimizer, error) {
 	o := DefaultOptimizer()
+	if err := wellFormed("optimizer", raw); err != nil {
+		return o, err
+	}
 	var l layer
 	l.object("optimizer", raw, reflect.ValueOf(&o).Elem())
 	return o, l.err()
@@ -45,11 +48,8 @@ func ParseOptimizer(raw json.RawMessage) (Optimizer, error) {
 // peekName finds the objective's name, on which the other defaults depend. What
 // is wrong with the rest is left to the layer.
 func peekName(raw json.RawMessage) (string, error) {
-	if absent(raw) {
-		return "", nil
-	}
-	if !json.Valid(raw) {
-		return "", fault.New(fault.Malformed, "invalid_json", "decode objective: not a JSON value")
+	if err := wellFormed("objective", raw); err != nil {
+		return "", err
 	}
 	var members map[string]json.RawMessage
 	var name string
@@ -146,6 +146,13 @@ func expectation(t reflect.Type) string {
 		return "an object of numbers"
 	}
 	return t.String()
+}
+
+func wellFormed(path string, raw json.RawMessage) error {
+	if !absent(raw) && !json.Valid(raw) {
+		return fault.New(fault.Malformed, "invalid_json", "decode %s: not a JSON value", path)
+	}
+	return nil
 }
 
 func absent(raw json.RawMessage) bool {

@@ -172,8 +172,8 @@ func TestParseRefuses(t *testing.T) {
 		if err := objective(raw); fault.KindOf(err) != fault.Malformed {
 			t.Errorf("%s: error %v, expected a malformed fault", raw, err)
 		}
-		if optimizer(raw) == nil {
-			t.Errorf("%s: accepted as an optimizer", raw)
+		if err := optimizer(raw); fault.KindOf(err) != fault.Malformed {
+			t.Errorf("%s: error %v, expected a malformed fault", raw, err)
 		}
 	}
 }
