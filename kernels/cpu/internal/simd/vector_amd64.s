@@ -3,7 +3,7 @@
 #include "textflag.h"
 
 // func dot2(n int, x *float32, y *float32) (sum float32)
-// Requires: AVX, FMA3, SSE
+// Requires: AVX, FMA3
 TEXT ·dot2(SB), NOSPLIT, $0-28
 	MOVQ   n+0(FP), AX
 	MOVQ   x+8(FP), CX
@@ -60,7 +60,7 @@ done:
 	VADDPS       X1, X0, X0
 	VMOVSHDUP    X0, X1
 	VADDPS       X1, X0, X0
-	MOVSS        X0, sum+24(FP)
+	VMOVSS       X0, sum+24(FP)
 	VZEROUPPER
 	RET
 
@@ -83,11 +83,10 @@ DATA mask_table<>+60(SB)/4, $0x00000000
 GLOBL mask_table<>(SB), RODATA|NOPTR, $64
 
 // func axpy2(n int, a float32, x *float32, y *float32)
-// Requires: AVX, AVX2, FMA3, SSE
+// Requires: AVX, FMA3
 TEXT ·axpy2(SB), NOSPLIT, $0-32
 	MOVQ         n+0(FP), AX
-	MOVSS        a+8(FP), X0
-	VBROADCASTSS X0, Y0
+	VBROADCASTSS a+8(FP), Y0
 	MOVQ         x+16(FP), CX
 	MOVQ         y+24(FP), DX
 
@@ -144,11 +143,10 @@ done:
 	RET
 
 // func scale2(n int, dst *float32, x *float32, a float32)
-// Requires: AVX, AVX2, SSE
+// Requires: AVX
 TEXT ·scale2(SB), NOSPLIT, $0-28
 	MOVQ         n+0(FP), AX
-	MOVSS        a+24(FP), X0
-	VBROADCASTSS X0, Y0
+	VBROADCASTSS a+24(FP), Y0
 	MOVQ         dst+8(FP), CX
 	MOVQ         x+16(FP), DX
 
@@ -391,11 +389,10 @@ done:
 	RET
 
 // func scaleMul2(n int, dst *float32, x *float32, y *float32, a float32)
-// Requires: AVX, AVX2, SSE
+// Requires: AVX
 TEXT ·scaleMul2(SB), NOSPLIT, $0-36
 	MOVQ         n+0(FP), AX
-	MOVSS        a+32(FP), X0
-	VBROADCASTSS X0, Y0
+	VBROADCASTSS a+32(FP), Y0
 	MOVQ         dst+8(FP), CX
 	MOVQ         x+16(FP), DX
 	MOVQ         y+24(FP), BX
@@ -461,13 +458,11 @@ done:
 	RET
 
 // func lerp2(n int, dst *float32, src *float32, alpha float32, beta float32)
-// Requires: AVX, AVX2, FMA3, SSE
+// Requires: AVX, FMA3
 TEXT ·lerp2(SB), NOSPLIT, $0-32
 	MOVQ         n+0(FP), AX
-	MOVSS        alpha+24(FP), X0
-	VBROADCASTSS X0, Y0
-	MOVSS        beta+28(FP), X1
-	VBROADCASTSS X1, Y1
+	VBROADCASTSS alpha+24(FP), Y0
+	VBROADCASTSS beta+28(FP), Y1
 	MOVQ         dst+8(FP), CX
 	MOVQ         src+16(FP), DX
 
@@ -530,7 +525,7 @@ done:
 	RET
 
 // func sum2(n int, x *float32) (sum float64)
-// Requires: AVX, SSE2
+// Requires: AVX
 TEXT ·sum2(SB), NOSPLIT, $0-24
 	MOVQ   n+0(FP), AX
 	MOVQ   x+8(FP), CX
@@ -582,12 +577,12 @@ done:
 	VADDPD       X1, X0, X0
 	VUNPCKHPD    X0, X0, X1
 	VADDSD       X1, X0, X0
-	MOVSD        X0, sum+16(FP)
+	VMOVSD       X0, sum+16(FP)
 	VZEROUPPER
 	RET
 
 // func sumSquares2(n int, x *float32) (sum float64)
-// Requires: AVX, FMA3, SSE2
+// Requires: AVX, FMA3
 TEXT ·sumSquares2(SB), NOSPLIT, $0-24
 	MOVQ   n+0(FP), AX
 	MOVQ   x+8(FP), CX
@@ -639,12 +634,12 @@ done:
 	VADDPD       X1, X0, X0
 	VUNPCKHPD    X0, X0, X1
 	VADDSD       X1, X0, X0
-	MOVSD        X0, sum+16(FP)
+	VMOVSD       X0, sum+16(FP)
 	VZEROUPPER
 	RET
 
 // func max2(n int, x *float32) (top float32, nan uint32)
-// Requires: AVX, SSE
+// Requires: AVX
 TEXT ·max2(SB), NOSPLIT, $0-24
 	MOVQ    n+0(FP), AX
 	MOVQ    x+8(FP), CX
@@ -701,7 +696,7 @@ done:
 	VMAXPS       X1, X0, X0
 	VMOVSHDUP    X0, X1
 	VMAXPS       X1, X0, X0
-	MOVSS        X0, top+16(FP)
+	VMOVSS       X0, top+16(FP)
 	VZEROUPPER
 	RET
 
@@ -724,11 +719,10 @@ DATA const_negInf<>+60(SB)/4, $0xff800000
 GLOBL const_negInf<>(SB), RODATA|NOPTR, $64
 
 // func rope2(n int, out *float32, out2 *float32, x *float32, x2 *float32, cos *float32, sin *float32, sign float32)
-// Requires: AVX, AVX2, FMA3, SSE
+// Requires: AVX, FMA3
 TEXT ·rope2(SB), NOSPLIT, $0-60
 	MOVQ         n+0(FP), AX
-	MOVSS        sign+56(FP), X0
-	VBROADCASTSS X0, Y0
+	VBROADCASTSS sign+56(FP), Y0
 	MOVQ         out+8(FP), CX
 	MOVQ         out2+16(FP), DX
 	MOVQ         x+24(FP), BX
@@ -860,15 +854,13 @@ done:
 	RET
 
 // func expScaleShift2(n int, dst *float32, x *float32, scale float32, shift float32) (sum float32)
-// Requires: AVX, AVX2, FMA3, SSE
+// Requires: AVX, AVX2, FMA3
 TEXT ·expScaleShift2(SB), NOSPLIT, $0-36
 	MOVQ         n+0(FP), AX
 	VMOVUPS      const_expLow<>+0(SB), Y0
 	VMOVUPS      const_expHigh<>+0(SB), Y1
-	MOVSS        scale+24(FP), X2
-	VBROADCASTSS X2, Y2
-	MOVSS        shift+28(FP), X3
-	VBROADCASTSS X3, Y3
+	VBROADCASTSS scale+24(FP), Y2
+	VBROADCASTSS shift+28(FP), Y3
 	MOVQ         dst+8(FP), CX
 	MOVQ         x+16(FP), DX
 	VXORPS       Y4, Y4, Y4
@@ -1011,7 +1003,7 @@ done:
 	VADDPS       X0, X4, X4
 	VMOVSHDUP    X4, X0
 	VADDPS       X0, X4, X4
-	MOVSS        X4, sum+32(FP)
+	VMOVSS       X4, sum+32(FP)
 	VZEROUPPER
 	RET
 
@@ -1232,15 +1224,13 @@ DATA const_bias<>+60(SB)/4, $0x0000007f
 GLOBL const_bias<>(SB), RODATA|NOPTR, $64
 
 // func logitStats2(n int, z *float32, scale float32, shift float32) (sumExp float32, sumExpY float32)
-// Requires: AVX, AVX2, FMA3, SSE
+// Requires: AVX, AVX2, FMA3
 TEXT ·logitStats2(SB), NOSPLIT, $0-32
 	MOVQ         n+0(FP), AX
 	VMOVUPS      const_expLow<>+0(SB), Y0
 	VMOVUPS      const_expHigh<>+0(SB), Y1
-	MOVSS        scale+16(FP), X2
-	VBROADCASTSS X2, Y2
-	MOVSS        shift+20(FP), X3
-	VBROADCASTSS X3, Y3
+	VBROADCASTSS scale+16(FP), Y2
+	VBROADCASTSS shift+20(FP), Y3
 	MOVQ         z+8(FP), CX
 	VXORPS       Y4, Y4, Y4
 	VXORPS       Y5, Y5, Y5
@@ -1383,7 +1373,7 @@ done:
 	VADDPS       X0, X4, X4
 	VMOVSHDUP    X4, X0
 	VADDPS       X0, X4, X4
-	MOVSS        X4, sumExp+24(FP)
+	VMOVSS       X4, sumExp+24(FP)
 	VADDPS       Y7, Y6, Y6
 	VEXTRACTF128 $0x01, Y6, X0
 	VADDPS       X0, X6, X6
@@ -1391,24 +1381,20 @@ done:
 	VADDPS       X0, X6, X6
 	VMOVSHDUP    X6, X0
 	VADDPS       X0, X6, X6
-	MOVSS        X6, sumExpY+28(FP)
+	VMOVSS       X6, sumExpY+28(FP)
 	VZEROUPPER
 	RET
 
 // func dlogits2(n int, dst *float32, z *float32, scale float32, lse float32, a float32, b float32)
-// Requires: AVX, AVX2, FMA3, SSE
+// Requires: AVX, AVX2, FMA3
 TEXT ·dlogits2(SB), NOSPLIT, $0-40
 	MOVQ         n+0(FP), AX
 	VMOVUPS      const_expLow<>+0(SB), Y0
 	VMOVUPS      const_expHigh<>+0(SB), Y1
-	MOVSS        scale+24(FP), X2
-	VBROADCASTSS X2, Y2
-	MOVSS        lse+28(FP), X3
-	VBROADCASTSS X3, Y3
-	MOVSS        a+32(FP), X4
-	VBROADCASTSS X4, Y4
-	MOVSS        b+36(FP), X5
-	VBROADCASTSS X5, Y5
+	VBROADCASTSS scale+24(FP), Y2
+	VBROADCASTSS lse+28(FP), Y3
+	VBROADCASTSS a+32(FP), Y4
+	VBROADCASTSS b+36(FP), Y5
 	MOVQ         dst+8(FP), CX
 	MOVQ         z+16(FP), DX
 
@@ -1982,7 +1968,7 @@ done:
 	RET
 
 // func dot512(n int, x *float32, y *float32) (sum float32)
-// Requires: AVX, AVX512F, BMI2, SSE
+// Requires: AVX, AVX512F, BMI2
 TEXT ·dot512(SB), NOSPLIT, $0-28
 	MOVQ   n+0(FP), AX
 	MOVQ   x+8(FP), CX
@@ -2040,16 +2026,15 @@ done:
 	VADDPS        X1, X0, X0
 	VMOVSHDUP     X0, X1
 	VADDPS        X1, X0, X0
-	MOVSS         X0, sum+24(FP)
+	VMOVSS        X0, sum+24(FP)
 	VZEROUPPER
 	RET
 
 // func axpy512(n int, a float32, x *float32, y *float32)
-// Requires: AVX, AVX512F, BMI2, SSE
+// Requires: AVX, AVX512F, BMI2
 TEXT ·axpy512(SB), NOSPLIT, $0-32
 	MOVQ         n+0(FP), AX
-	MOVSS        a+8(FP), X0
-	VBROADCASTSS X0, Z0
+	VBROADCASTSS a+8(FP), Z0
 	MOVQ         x+16(FP), CX
 	MOVQ         y+24(FP), DX
 
@@ -2105,11 +2090,10 @@ done:
 	RET
 
 // func scale512(n int, dst *float32, x *float32, a float32)
-// Requires: AVX, AVX512F, BMI2, SSE
+// Requires: AVX, AVX512F, BMI2
 TEXT ·scale512(SB), NOSPLIT, $0-28
 	MOVQ         n+0(FP), AX
-	MOVSS        a+24(FP), X0
-	VBROADCASTSS X0, Z0
+	VBROADCASTSS a+24(FP), Z0
 	MOVQ         dst+8(FP), CX
 	MOVQ         x+16(FP), DX
 
@@ -2348,11 +2332,10 @@ done:
 	RET
 
 // func scaleMul512(n int, dst *float32, x *float32, y *float32, a float32)
-// Requires: AVX, AVX512F, BMI2, SSE
+// Requires: AVX, AVX512F, BMI2
 TEXT ·scaleMul512(SB), NOSPLIT, $0-36
 	MOVQ         n+0(FP), AX
-	MOVSS        a+32(FP), X0
-	VBROADCASTSS X0, Z0
+	VBROADCASTSS a+32(FP), Z0
 	MOVQ         dst+8(FP), CX
 	MOVQ         x+16(FP), DX
 	MOVQ         y+24(FP), BX
@@ -2417,13 +2400,11 @@ done:
 	RET
 
 // func lerp512(n int, dst *float32, src *float32, alpha float32, beta float32)
-// Requires: AVX, AVX512F, BMI2, SSE
+// Requires: AVX, AVX512F, BMI2
 TEXT ·lerp512(SB), NOSPLIT, $0-32
 	MOVQ         n+0(FP), AX
-	MOVSS        alpha+24(FP), X0
-	VBROADCASTSS X0, Z0
-	MOVSS        beta+28(FP), X1
-	VBROADCASTSS X1, Z1
+	VBROADCASTSS alpha+24(FP), Z0
+	VBROADCASTSS beta+28(FP), Z1
 	MOVQ         dst+8(FP), CX
 	MOVQ         src+16(FP), DX
 
@@ -2485,7 +2466,7 @@ done:
 	RET
 
 // func sum512(n int, x *float32) (sum float64)
-// Requires: AVX, AVX512F, BMI2, SSE2
+// Requires: AVX, AVX512F, BMI2
 TEXT ·sum512(SB), NOSPLIT, $0-24
 	MOVQ   n+0(FP), AX
 	MOVQ   x+8(FP), CX
@@ -2537,12 +2518,12 @@ done:
 	VADDPD        X1, X0, X0
 	VUNPCKHPD     X0, X0, X1
 	VADDSD        X1, X0, X0
-	MOVSD         X0, sum+16(FP)
+	VMOVSD        X0, sum+16(FP)
 	VZEROUPPER
 	RET
 
 // func sumSquares512(n int, x *float32) (sum float64)
-// Requires: AVX, AVX512F, BMI2, SSE2
+// Requires: AVX, AVX512F, BMI2
 TEXT ·sumSquares512(SB), NOSPLIT, $0-24
 	MOVQ   n+0(FP), AX
 	MOVQ   x+8(FP), CX
@@ -2594,12 +2575,12 @@ done:
 	VADDPD        X1, X0, X0
 	VUNPCKHPD     X0, X0, X1
 	VADDSD        X1, X0, X0
-	MOVSD         X0, sum+16(FP)
+	VMOVSD        X0, sum+16(FP)
 	VZEROUPPER
 	RET
 
 // func max512(n int, x *float32) (top float32, nan uint32)
-// Requires: AVX, AVX512F, BMI2, SSE
+// Requires: AVX, AVX512F, BMI2
 TEXT ·max512(SB), NOSPLIT, $0-24
 	MOVQ    n+0(FP), AX
 	MOVQ    x+8(FP), CX
@@ -2656,16 +2637,15 @@ done:
 	VMAXPS        X1, X0, X0
 	VMOVSHDUP     X0, X1
 	VMAXPS        X1, X0, X0
-	MOVSS         X0, top+16(FP)
+	VMOVSS        X0, top+16(FP)
 	VZEROUPPER
 	RET
 
 // func rope512(n int, out *float32, out2 *float32, x *float32, x2 *float32, cos *float32, sin *float32, sign float32)
-// Requires: AVX, AVX512F, BMI2, SSE
+// Requires: AVX, AVX512F, BMI2
 TEXT ·rope512(SB), NOSPLIT, $0-60
 	MOVQ         n+0(FP), AX
-	MOVSS        sign+56(FP), X0
-	VBROADCASTSS X0, Z0
+	VBROADCASTSS sign+56(FP), Z0
 	MOVQ         out+8(FP), CX
 	MOVQ         out2+16(FP), DX
 	MOVQ         x+24(FP), BX
@@ -2795,25 +2775,23 @@ done:
 	RET
 
 // func expScaleShift512(n int, dst *float32, x *float32, scale float32, shift float32) (sum float32)
-// Requires: AVX, AVX512F, BMI2, SSE
+// Requires: AVX, AVX512F, BMI2
 TEXT ·expScaleShift512(SB), NOSPLIT, $0-36
 	MOVQ         n+0(FP), AX
 	VMOVUPS      const_expLow<>+0(SB), Z0
 	VMOVUPS      const_expHigh<>+0(SB), Z1
-	MOVSS        scale+24(FP), X2
-	VBROADCASTSS X2, Z2
-	MOVSS        shift+28(FP), X5
-	VBROADCASTSS X5, Z5
+	VBROADCASTSS scale+24(FP), Z2
+	VBROADCASTSS shift+28(FP), Z3
 	MOVQ         dst+8(FP), CX
 	MOVQ         x+16(FP), DX
-	VPXORD       Z3, Z3, Z3
 	VPXORD       Z4, Z4, Z4
+	VPXORD       Z5, Z5, Z5
 
 group:
 	CMPQ         AX, $0x00000020
 	JL           single
 	VMOVUPS      (DX), Z6
-	VFMSUB213PS  Z5, Z2, Z6
+	VFMSUB213PS  Z3, Z2, Z6
 	VMAXPS       Z6, Z0, Z6
 	VMINPS       Z6, Z1, Z6
 	VMULPS       const_log2E<>+0(SB), Z6, Z7
@@ -2829,9 +2807,9 @@ group:
 	VFMADD213PS  const_one<>+0(SB), Z6, Z8
 	VSCALEFPS    Z7, Z8, Z8
 	VMOVUPS      Z8, (CX)
-	VADDPS       Z8, Z3, Z3
+	VADDPS       Z8, Z4, Z4
 	VMOVUPS      64(DX), Z6
-	VFMSUB213PS  Z5, Z2, Z6
+	VFMSUB213PS  Z3, Z2, Z6
 	VMAXPS       Z6, Z0, Z6
 	VMINPS       Z6, Z1, Z6
 	VMULPS       const_log2E<>+0(SB), Z6, Z7
@@ -2847,7 +2825,7 @@ group:
 	VFMADD213PS  const_one<>+0(SB), Z6, Z8
 	VSCALEFPS    Z7, Z8, Z8
 	VMOVUPS      Z8, 64(CX)
-	VADDPS       Z8, Z4, Z4
+	VADDPS       Z8, Z5, Z5
 	ADDQ         $0x00000080, CX
 	ADDQ         $0x00000080, DX
 	SUBQ         $0x00000020, AX
@@ -2857,7 +2835,7 @@ single:
 	CMPQ         AX, $0x00000010
 	JL           tail
 	VMOVUPS      (DX), Z6
-	VFMSUB213PS  Z5, Z2, Z6
+	VFMSUB213PS  Z3, Z2, Z6
 	VMAXPS       Z6, Z0, Z6
 	VMINPS       Z6, Z1, Z6
 	VMULPS       const_log2E<>+0(SB), Z6, Z7
@@ -2873,7 +2851,7 @@ single:
 	VFMADD213PS  const_one<>+0(SB), Z6, Z8
 	VSCALEFPS    Z7, Z8, Z8
 	VMOVUPS      Z8, (CX)
-	VADDPS       Z8, Z3, Z3
+	VADDPS       Z8, Z4, Z4
 	ADDQ         $0x00000040, CX
 	ADDQ         $0x00000040, DX
 	SUBQ         $0x00000010, AX
@@ -2886,7 +2864,7 @@ tail:
 	BZHIL        AX, BX, BX
 	KMOVW        BX, K1
 	VMOVUPS.Z    (DX), K1, Z6
-	VFMSUB213PS  Z5, Z2, Z6
+	VFMSUB213PS  Z3, Z2, Z6
 	VMAXPS       Z6, Z0, Z6
 	VMINPS       Z6, Z1, Z0
 	VMULPS       const_log2E<>+0(SB), Z0, Z1
@@ -2903,61 +2881,41 @@ tail:
 	VSCALEFPS    Z1, Z2, Z2
 	VMOVUPS      Z2, K1, (CX)
 	VMOVAPS.Z    Z2, K1, Z2
-	VADDPS       Z2, Z3, Z3
+	VADDPS       Z2, Z4, Z4
 
 done:
-	VADDPS        Z4, Z3, Z3
-	VEXTRACTF64X4 $0x01, Z3, Y0
-	VADDPS        Y0, Y3, Y3
-	VEXTRACTF128  $0x01, Y3, X0
-	VADDPS        X0, X3, X3
-	VMOVHLPS      X3, X3, X0
-	VADDPS        X0, X3, X3
-	VMOVSHDUP     X3, X0
-	VADDPS        X0, X3, X3
-	MOVSS         X3, sum+32(FP)
+	VADDPS        Z5, Z4, Z4
+	VEXTRACTF64X4 $0x01, Z4, Y0
+	VADDPS        Y0, Y4, Y4
+	VEXTRACTF128  $0x01, Y4, X0
+	VADDPS        X0, X4, X4
+	VMOVHLPS      X4, X4, X0
+	VADDPS        X0, X4, X4
+	VMOVSHDUP     X4, X0
+	VADDPS        X0, X4, X4
+	VMOVSS        X4, sum+32(FP)
 	VZEROUPPER
 	RET
 
 // func logitStats512(n int, z *float32, scale float32, shift float32) (sumExp float32, sumExpY float32)
-// Requires: AVX, AVX512F, BMI2, SSE
+// Requires: AVX, AVX512F, BMI2
 TEXT ·logitStats512(SB), NOSPLIT, $0-32
 	MOVQ         n+0(FP), AX
 	VMOVUPS      const_expLow<>+0(SB), Z0
 	VMOVUPS      const_expHigh<>+0(SB), Z1
-	MOVSS        scale+16(FP), X2
-	VBROADCASTSS X2, Z2
-	MOVSS        shift+20(FP), X7
-	VBROADCASTSS X7, Z7
+	VBROADCASTSS scale+16(FP), Z2
+	VBROADCASTSS shift+20(FP), Z3
 	MOVQ         z+8(FP), CX
-	VPXORD       Z3, Z3, Z3
 	VPXORD       Z4, Z4, Z4
 	VPXORD       Z5, Z5, Z5
 	VPXORD       Z6, Z6, Z6
+	VPXORD       Z7, Z7, Z7
 
 group:
 	CMPQ         AX, $0x00000020
 	JL           single
 	VMOVUPS      (CX), Z8
-	VFMSUB213PS  Z7, Z2, Z8
-	VMAXPS       Z8, Z0, Z8
-	VMINPS       Z8, Z1, Z9
-	VMULPS       const_log2E<>+0(SB), Z9, Z10
-	VRNDSCALEPS  $0x08, Z10, Z10
-	VFNMADD231PS const_ln2Hi<>+0(SB), Z10, Z9
-	VFNMADD231PS const_ln2Lo<>+0(SB), Z10, Z9
-	VMOVUPS      const_expC6<>+0(SB), Z11
-	VFMADD213PS  const_expC5<>+0(SB), Z9, Z11
-	VFMADD213PS  const_expC4<>+0(SB), Z9, Z11
-	VFMADD213PS  const_expC3<>+0(SB), Z9, Z11
-	VFMADD213PS  const_expC2<>+0(SB), Z9, Z11
-	VFMADD213PS  const_one<>+0(SB), Z9, Z11
-	VFMADD213PS  const_one<>+0(SB), Z9, Z11
-	VSCALEFPS    Z10, Z11, Z11
-	VADDPS       Z11, Z3, Z3
-	VFMADD231PS  Z11, Z8, Z5
-	VMOVUPS      64(CX), Z8
-	VFMSUB213PS  Z7, Z2, Z8
+	VFMSUB213PS  Z3, Z2, Z8
 	VMAXPS       Z8, Z0, Z8
 	VMINPS       Z8, Z1, Z9
 	VMULPS       const_log2E<>+0(SB), Z9, Z10
@@ -2974,15 +2932,8 @@ group:
 	VSCALEFPS    Z10, Z11, Z11
 	VADDPS       Z11, Z4, Z4
 	VFMADD231PS  Z11, Z8, Z6
-	ADDQ         $0x00000080, CX
-	SUBQ         $0x00000020, AX
-	JMP          group
-
-single:
-	CMPQ         AX, $0x00000010
-	JL           tail
-	VMOVUPS      (CX), Z8
-	VFMSUB213PS  Z7, Z2, Z8
+	VMOVUPS      64(CX), Z8
+	VFMSUB213PS  Z3, Z2, Z8
 	VMAXPS       Z8, Z0, Z8
 	VMINPS       Z8, Z1, Z9
 	VMULPS       const_log2E<>+0(SB), Z9, Z10
@@ -2997,8 +2948,33 @@ single:
 	VFMADD213PS  const_one<>+0(SB), Z9, Z11
 	VFMADD213PS  const_one<>+0(SB), Z9, Z11
 	VSCALEFPS    Z10, Z11, Z11
-	VADDPS       Z11, Z3, Z3
-	VFMADD231PS  Z11, Z8, Z5
+	VADDPS       Z11, Z5, Z5
+	VFMADD231PS  Z11, Z8, Z7
+	ADDQ         $0x00000080, CX
+	SUBQ         $0x00000020, AX
+	JMP          group
+
+single:
+	CMPQ         AX, $0x00000010
+	JL           tail
+	VMOVUPS      (CX), Z8
+	VFMSUB213PS  Z3, Z2, Z8
+	VMAXPS       Z8, Z0, Z8
+	VMINPS       Z8, Z1, Z9
+	VMULPS       const_log2E<>+0(SB), Z9, Z10
+	VRNDSCALEPS  $0x08, Z10, Z10
+	VFNMADD231PS const_ln2Hi<>+0(SB), Z10, Z9
+	VFNMADD231PS const_ln2Lo<>+0(SB), Z10, Z9
+	VMOVUPS      const_expC6<>+0(SB), Z11
+	VFMADD213PS  const_expC5<>+0(SB), Z9, Z11
+	VFMADD213PS  const_expC4<>+0(SB), Z9, Z11
+	VFMADD213PS  const_expC3<>+0(SB), Z9, Z11
+	VFMADD213PS  const_expC2<>+0(SB), Z9, Z11
+	VFMADD213PS  const_one<>+0(SB), Z9, Z11
+	VFMADD213PS  const_one<>+0(SB), Z9, Z11
+	VSCALEFPS    Z10, Z11, Z11
+	VADDPS       Z11, Z4, Z4
+	VFMADD231PS  Z11, Z8, Z6
 	ADDQ         $0x00000040, CX
 	SUBQ         $0x00000010, AX
 	JMP          single
@@ -3010,7 +2986,7 @@ tail:
 	BZHIL        AX, DX, DX
 	KMOVW        DX, K1
 	VMOVUPS.Z    (CX), K1, Z8
-	VFMSUB213PS  Z7, Z2, Z8
+	VFMSUB213PS  Z3, Z2, Z8
 	VMAXPS       Z8, Z0, Z8
 	VMINPS       Z8, Z1, Z0
 	VMULPS       const_log2E<>+0(SB), Z0, Z1
@@ -3027,47 +3003,43 @@ tail:
 	VSCALEFPS    Z1, Z2, Z2
 	VMOVAPS.Z    Z2, K1, Z2
 	VMOVAPS.Z    Z8, K1, Z8
-	VADDPS       Z2, Z3, Z3
-	VFMADD231PS  Z2, Z8, Z5
+	VADDPS       Z2, Z4, Z4
+	VFMADD231PS  Z2, Z8, Z6
 
 done:
-	VADDPS        Z4, Z3, Z3
-	VEXTRACTF64X4 $0x01, Z3, Y0
-	VADDPS        Y0, Y3, Y3
-	VEXTRACTF128  $0x01, Y3, X0
-	VADDPS        X0, X3, X3
-	VMOVHLPS      X3, X3, X0
-	VADDPS        X0, X3, X3
-	VMOVSHDUP     X3, X0
-	VADDPS        X0, X3, X3
-	MOVSS         X3, sumExp+24(FP)
-	VADDPS        Z6, Z5, Z5
-	VEXTRACTF64X4 $0x01, Z5, Y0
-	VADDPS        Y0, Y5, Y5
-	VEXTRACTF128  $0x01, Y5, X0
-	VADDPS        X0, X5, X5
-	VMOVHLPS      X5, X5, X0
-	VADDPS        X0, X5, X5
-	VMOVSHDUP     X5, X0
-	VADDPS        X0, X5, X5
-	MOVSS         X5, sumExpY+28(FP)
+	VADDPS        Z5, Z4, Z4
+	VEXTRACTF64X4 $0x01, Z4, Y0
+	VADDPS        Y0, Y4, Y4
+	VEXTRACTF128  $0x01, Y4, X0
+	VADDPS        X0, X4, X4
+	VMOVHLPS      X4, X4, X0
+	VADDPS        X0, X4, X4
+	VMOVSHDUP     X4, X0
+	VADDPS        X0, X4, X4
+	VMOVSS        X4, sumExp+24(FP)
+	VADDPS        Z7, Z6, Z6
+	VEXTRACTF64X4 $0x01, Z6, Y0
+	VADDPS        Y0, Y6, Y6
+	VEXTRACTF128  $0x01, Y6, X0
+	VADDPS        X0, X6, X6
+	VMOVHLPS      X6, X6, X0
+	VADDPS        X0, X6, X6
+	VMOVSHDUP     X6, X0
+	VADDPS        X0, X6, X6
+	VMOVSS        X6, sumExpY+28(FP)
 	VZEROUPPER
 	RET
 
 // func dlogits512(n int, dst *float32, z *float32, scale float32, lse float32, a float32, b float32)
-// Requires: AVX, AVX512F, BMI2, SSE
+// Requires: AVX, AVX512F, BMI2
 TEXT ·dlogits512(SB), NOSPLIT, $0-40
 	MOVQ         n+0(FP), AX
 	VMOVUPS      const_expLow<>+0(SB), Z0
 	VMOVUPS      const_expHigh<>+0(SB), Z1
-	MOVSS        scale+24(FP), X2
-	VBROADCASTSS X2, Z2
-	MOVSS        lse+28(FP), X3
-	VBROADCASTSS X3, Z3
-	MOVSS        a+32(FP), X4
-	VBROADCASTSS X4, Z4
-	MOVSS        b+36(FP), X5
-	VBROADCASTSS X5, Z5
+	VBROADCASTSS scale+24(FP), Z2
+	VBROADCASTSS lse+28(FP), Z3
+	VBROADCASTSS a+32(FP), Z4
+	VBROADCASTSS b+36(FP), Z5
 	MOVQ         dst+8(FP), CX
 	MOVQ         z+16(FP), DX
 

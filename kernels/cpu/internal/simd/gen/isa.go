@@ -5,6 +5,7 @@ import (
 
 	"github.com/mmcloughlin/avo/attr"
 	. "github.com/mmcloughlin/avo/build"
+	"github.com/mmcloughlin/avo/gotypes"
 	. "github.com/mmcloughlin/avo/operand"
 	. "github.com/mmcloughlin/avo/reg"
 )
@@ -118,13 +119,22 @@ func (s isa) reg(m Mem) VecVirtual {
 	return v
 }
 
-// arg returns a float32 parameter in every lane.
+// arg returns a float32 parameter in every lane. Like every access to a scalar
+// it is VEX-encoded: Load and Store of avo are legacy SSE, which costs about a
+// microsecond a call once the upper lanes of a vector register are in use.
 func (s isa) arg(name string) VecVirtual {
-	x := XMM()
-	Load(Param(name), x)
 	v := s.vec()
-	VBROADCASTSS(x, v)
+	VBROADCASTSS(frame(Param(name)), v)
 	return v
+}
+
+// frame is where a parameter or result lies.
+func frame(c gotypes.Component) Mem {
+	b, err := c.Resolve()
+	if err != nil {
+		panic(err)
+	}
+	return b.Addr
 }
 
 func ptr(name string) GPVirtual { return Load(Param(name), GP64()).(GPVirtual) }
@@ -247,5 +257,5 @@ func (s isa) end() {
 }
 
 func (s isa) ret(v VecVirtual, name string) {
-	Store(v, Return(name))
+	VMOVSS(v.AsX(), frame(Return(name)))
 }

@@ -151,7 +151,7 @@ func (s isa) sums(name string, op func(x, acc VecVirtual)) {
 	VADDPD(hi, lo, lo)
 	VUNPCKHPD(lo, lo, hi)
 	VADDSD(hi, lo, lo)
-	Store(lo, Return("sum"))
+	VMOVSD(lo, frame(Return("sum")))
 	s.end()
 }
 
