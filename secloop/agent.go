@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"slices"
+	"strings"
 
 	"trainerd/rollout"
 )
@@ -32,6 +33,7 @@ type Sampler interface {
 type Agent struct {
 	Codec   Codec
 	Prompt  func(Alert) string
+	Opening string // how every strategy begins: the end of the prompt, put before each completion again ("" for none)
 	Sampler Sampler
 	Field   Battlefield
 	Judge   Judge
@@ -40,7 +42,7 @@ type Agent struct {
 // Episode is one strategy's life: what was asked, what came, what it was worth.
 type Episode struct {
 	Alert      Alert
-	Completion string
+	Completion string // the whole strategy's text
 	Sampled    Sampled
 	Reward     Reward
 }
@@ -50,9 +52,9 @@ type Episode struct {
 func (a Agent) Play(ctx context.Context, alerts []Alert, n int, seed uint64) ([][]Episode, int64, error) {
 	prompts := make([][]int32, len(alerts))
 	for i, al := range alerts {
-		ids, err := a.Codec.Encode(a.Prompt(al))
+		ids, err := a.encode(al)
 		if err != nil {
-			return nil, 0, fmt.Errorf("encode prompt: %w", err)
+			return nil, 0, err
 		}
 		prompts[i] = ids
 	}
@@ -66,7 +68,7 @@ func (a Agent) Play(ctx context.Context, alerts []Alert, n int, seed uint64) ([]
 	out := make([][]Episode, len(alerts))
 	for i, al := range alerts {
 		for _, c := range completions[i] {
-			e := Episode{Alert: al, Sampled: c, Completion: a.Codec.Decode(c.Tokens, true)}
+			e := Episode{Alert: al, Sampled: c, Completion: a.Opening + a.Codec.Decode(c.Tokens, true)}
 			if e.Reward, err = Score(ctx, a.Field, a.Judge, al, e.Completion); err != nil {
 				return nil, 0, err
 			}
@@ -74,6 +76,28 @@ func (a Agent) Play(ctx context.Context, alerts []Alert, n int, seed uint64) ([]
 		}
 	}
 	return out, step, nil
+}
+
+// Example returns the prompt of an alert and the completion that a strategy
+// would be, for supervised training; the end token is the caller's.
+func (a Agent) Example(al Alert, s Strategy) (prompt, completion []int32, err error) {
+	if prompt, err = a.encode(al); err != nil {
+		return nil, nil, err
+	}
+	text, ok := strings.CutPrefix(s.String(), a.Opening)
+	if !ok {
+		return nil, nil, fmt.Errorf("encode strategy: %q does not begin with %q", s.String(), a.Opening)
+	}
+	completion, err = a.Codec.Encode(text)
+	return prompt, completion, err
+}
+
+func (a Agent) encode(al Alert) ([]int32, error) {
+	ids, err := a.Codec.Encode(a.Prompt(al) + a.Opening)
+	if err != nil {
+		return nil, fmt.Errorf("encode prompt: %w", err)
+	}
+	return ids, nil
 }
 
 // Rollouts turns episodes into the batch that is posted: one group per alert,
@@ -85,9 +109,9 @@ func (a Agent) Rollouts(episodes [][]Episode, step int64, group func(int) string
 		if len(g) == 0 {
 			continue
 		}
-		prompt, err := a.Codec.Encode(a.Prompt(g[0].Alert))
+		prompt, err := a.encode(g[0].Alert)
 		if err != nil {
-			return nil, fmt.Errorf("encode prompt: %w", err)
+			return nil, err
 		}
 		from := make([]int, len(g))
 		for j := range from {

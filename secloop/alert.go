@@ -77,7 +77,7 @@ func ChatPrompt(a Alert) (system, user string) {
 	for _, t := range tools {
 		system += fmt.Sprintf("- %s(%s): %s\n", t.Name, t.Param, t.Doc)
 	}
-	system += `Example: [{"tool":"block_ip","params":{"ip":"198.51.100.7"}}]`
+	system += "Examples:\n" + `[{"tool":"block_ip","params":{"ip":"198.51.100.7"}}]` + "\n" + `[{"tool":"kill_process","params":{"host":"mail1"}}]`
 	user = fmt.Sprintf("Environment: hosts %v behind one firewall; every service must keep answering.\nAlerts: %d x %s from %s against %s, risk %s.\nStrategy:",
 		hosts, a.Count, a.Attack, a.Source, a.Target, a.Risk)
 	return system, user

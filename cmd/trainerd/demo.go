@@ -150,7 +150,7 @@ func (d *demo) run(ctx context.Context) error {
 	defer d.node.close()
 	d.agent = secloop.Agent{Codec: codec, Prompt: secloop.TersePrompt, Sampler: d.node, Field: secloop.Drill{}, Judge: secloop.RuleJudge{}}
 
-	warm, err := d.warmStart(ctx, base)
+	warm, err := warmStart{steps: d.warmSteps, rows: d.warmRows, ahead: 20, microBatch: 16384, lr: 3e-3, skill: 0.25, eos: byteEOS}.run(ctx, d, "dir:"+base)
 	if err != nil {
 		return fmt.Errorf("warm start: %w", err)
 	}
@@ -164,38 +164,43 @@ func (d *demo) run(ctx context.Context) error {
 	return d.report(time.Since(began))
 }
 
-// warmStart trains the random model on demonstrations through a cross_entropy job.
-func (d *demo) warmStart(ctx context.Context, base string) (string, error) {
+// warmStart says how a model is taught the format before it is rewarded.
+type warmStart struct {
+	steps, rows int // rows demonstrations per step
+	ahead       int // steps' worth of rows in one batch
+	microBatch  int // tokens
+	lr          float64
+	skill       float64 // of the operator that demonstrates
+	eos         int32
+}
+
+// run trains the model on demonstrations through a cross_entropy job, and returns the job.
+func (w warmStart) run(ctx context.Context, d *demo, source string) (string, error) {
 	job, err := d.client.CreateJob(ctx, map[string]any{
-		"version": 1, "name": "warm-start", "model": map[string]any{"source": "dir:" + base},
+		"version": 1, "name": "warm-start", "model": map[string]any{"source": source},
 		"objective":  map[string]any{"name": "cross_entropy", "group_size": 1},
-		"optimizer":  map[string]any{"lr": 3e-3, "betas": []float64{0.9, 0.98}, "schedule": map[string]any{"name": "cosine", "warmup_steps": 20, "min_ratio": 0.1}},
-		"batch":      map[string]any{"groups_per_step": d.warmRows, "max_tokens_per_micro_batch": 16384, "max_policy_lag": d.warmSteps},
-		"checkpoint": map[string]any{"publish_every_steps": d.warmSteps},
-		"max_steps":  d.warmSteps, "seed": d.seed,
+		"optimizer":  map[string]any{"lr": w.lr, "betas": []float64{0.9, 0.98}, "schedule": map[string]any{"name": "cosine", "warmup_steps": w.steps / 20, "min_ratio": 0.1}},
+		"batch":      map[string]any{"groups_per_step": w.rows, "max_tokens_per_micro_batch": w.microBatch, "max_policy_lag": w.steps},
+		"checkpoint": map[string]any{"publish_every_steps": w.steps},
+		"max_steps":  w.steps, "seed": d.seed,
 	}, client.NewKey())
 	if err != nil {
 		return "", err
 	}
 	r := rand.New(rand.NewPCG(d.seed, 1))
-	operator := secloop.Operator{Skill: 0.25}
-	const perPost = 20 // steps' worth of rows in one batch
-	bar := d.con.bar(int64(d.warmSteps), "warm start")
-	for done := 0; done < d.warmSteps; done += perPost {
-		n := min(perPost, d.warmSteps-done)
+	operator := secloop.Operator{Skill: w.skill}
+	bar := d.con.bar(int64(w.steps), "warm start")
+	for done := 0; done < w.steps; done += w.ahead {
+		n := min(w.ahead, w.steps-done)
 		b := &rollout.Batch{}
-		for i := range n * d.warmRows {
+		for i := range n * w.rows {
 			a := secloop.Split{}.Draw(r)
-			prompt, err := d.agent.Codec.Encode(d.agent.Prompt(a))
+			prompt, answer, err := d.agent.Example(a, operator.Demonstrate(r, a))
 			if err != nil {
 				return "", err
 			}
-			answer, err := d.agent.Codec.Encode(operator.Demonstrate(r, a).String())
-			if err != nil {
-				return "", err
-			}
-			b.Rollouts = append(b.Rollouts, rollout.Rollout{GroupID: fmt.Sprintf("w%d", done*d.warmRows+i), Prompt: prompt,
-				Completion: append(answer, byteEOS), PolicyStep: rollout.NoPolicyStep})
+			b.Rollouts = append(b.Rollouts, rollout.Rollout{GroupID: fmt.Sprintf("w%d", done*w.rows+i), Prompt: prompt,
+				Completion: append(answer, w.eos), PolicyStep: rollout.NoPolicyStep})
 		}
 		if _, err := d.client.Submit(ctx, job.ID, b, fmt.Sprintf("warm-%d", done)); err != nil {
 			return "", err
@@ -205,7 +210,7 @@ func (d *demo) warmStart(ctx context.Context, base string) (string, error) {
 			return "", err
 		}
 		_ = bar.Set(done + n)
-		d.printf("warm start %4d/%d  loss %.4f\n", st.Step, d.warmSteps, st.Metrics["loss"])
+		d.printf("warm start %4d/%d  loss %.4f\n", done+n, w.steps, st.Metrics["loss"])
 	}
 	return job.ID, nil
 }
