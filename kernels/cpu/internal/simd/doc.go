@@ -24,14 +24,18 @@
 //	                      here   PyTorch 2 (oneDNN/MKL)
 //	NN 64x64x64           158                     blocks of attention, in place
 //	NT 64x64x64           141
-//	NT 1024x1536x576      140    144              x·Wᵀ, per second of processor time
-//	NT 953x576x1536       124    153
+//	NT 953x3072x576       137    152
+//	NT 1024x1536x576      141    162              x·Wᵀ, per second of processor time
+//	NT 953x576x1536       137    156
 //	NT 16x1536x576        103     60              decoding
 //	NT 28x1536x576        118     85
 //
+// On both cores at once, the best wall times at NT 1024x1536x576 gave 252 here and
+// 290 there.
+//
 // Of the primitives on 4096 floats in cache, a multiply-add takes 0.05 ns per
-// element, an exponential 0.4 ns, an AdamW update 0.5 ns: over memory, all but
-// the exponentials run at its bandwidth.
+// element, an exponential 0.4 ns, an AdamW update 0.5 ns: from memory, all but the
+// exponentials run at its bandwidth.
 //
 // Read sgemm.go first, then blocked.go, tile.go and vector.go.
 package simd
