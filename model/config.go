@@ -28,9 +28,14 @@ type Config struct {
 	EOS          []int32 // ids that end a completion
 }
 
-// maxDim bounds every dimension of a config, so that products of two of them
-// and of an element size stay far from overflowing an int.
-const maxDim = 1 << 24
+// Bounds of a config. They are far beyond any model and keep every product that
+// a memory plan forms (layers * tokens * width * bytes) below 2^63.
+const (
+	maxDim        = 1 << 24
+	maxLayers     = 1 << 12
+	maxParameters = 1 << 44
+	maxTokens     = 1 << 22 // of a micro-batch or a sampler's cache
+)
 
 // Validate checks that the config describes a model this package can run. The
 // fault names fields as config.json does.
@@ -45,16 +50,16 @@ func (c Config) Validate() error {
 		add("model_type", fmt.Sprintf("%q", c.Type), `"llama", "qwen2" or "qwen3"`)
 	}
 	for _, f := range []struct {
-		name string
-		got  int
+		name       string
+		got, limit int
 	}{
-		{"vocab_size", c.Vocab}, {"hidden_size", c.Hidden}, {"intermediate_size", c.FFN},
-		{"num_hidden_layers", c.Layers}, {"num_attention_heads", c.Heads},
-		{"num_key_value_heads", c.KVHeads}, {"head_dim", c.HeadDim},
-		{"max_position_embeddings", c.MaxPositions},
+		{"vocab_size", c.Vocab, maxDim}, {"hidden_size", c.Hidden, maxDim}, {"intermediate_size", c.FFN, maxDim},
+		{"num_hidden_layers", c.Layers, maxLayers}, {"num_attention_heads", c.Heads, maxDim},
+		{"num_key_value_heads", c.KVHeads, maxDim}, {"head_dim", c.HeadDim, maxDim},
+		{"max_position_embeddings", c.MaxPositions, maxDim},
 	} {
-		if f.got <= 0 || f.got > maxDim {
-			add(f.name, f.got, fmt.Sprintf("1 to %d", maxDim))
+		if f.got <= 0 || f.got > f.limit {
+			add(f.name, f.got, fmt.Sprintf("1 to %d", f.limit))
 		}
 	}
 	if c.KVHeads > 0 && c.Heads%c.KVHeads != 0 {
@@ -86,6 +91,13 @@ func (c Config) Validate() error {
 	for _, id := range c.EOS {
 		if id < 0 {
 			add("eos_token_id", id, "a token id")
+		}
+	}
+	if len(bad) == 0 { // every factor is bounded, so floats cannot overflow
+		if w := (float64(c.Heads) + 2*float64(c.KVHeads)) * float64(c.HeadDim); w > maxDim {
+			add("head_dim", c.HeadDim, fmt.Sprintf("heads of at most %d values together", maxDim))
+		} else if n := float64(c.Layers)*float64(c.Hidden)*(2*w+3*float64(c.FFN)) + 2*float64(c.Vocab)*float64(c.Hidden); n > maxParameters {
+			add("hidden_size", c.Hidden, fmt.Sprintf("a model of at most %d parameters, not about %.3g", int64(maxParameters), n))
 		}
 	}
 	if len(bad) > 0 {

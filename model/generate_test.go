@@ -161,6 +161,35 @@ func TestGenerateSeeds(t *testing.T) {
 	}
 }
 
+// countdown is a context that is cancelled when it has been asked n times.
+type countdown struct {
+	context.Context
+	n int
+}
+
+func (c *countdown) Err() error {
+	if c.n--; c.n < 0 {
+		return context.Canceled
+	}
+	return nil
+}
+
+// TestGenerateStops: a cancelled call ends between two tokens and leaves the model usable.
+func TestGenerateStops(t *testing.T) {
+	cfg := configs()["qwen3-tied"]
+	m := load(t, newDevice(t), randomSource(t, cfg, 7), sampleOptions(32, 512))
+	r := request(rand.New(rand.NewPCG(1, 2)), cfg.Vocab)
+	want := generate(t, m, r)
+	for n := range 4 {
+		if out, err := m.Generate(&countdown{context.Background(), n}, r); !errors.Is(err, context.Canceled) || out != nil {
+			t.Errorf("cancelled after %d questions: %d completions, %v", n, len(out), err)
+		}
+	}
+	if diff := cmp.Diff(want, generate(t, m, r)); diff != "" {
+		t.Errorf("after cancelled calls: %s", diff)
+	}
+}
+
 func TestGenerateRefuses(t *testing.T) {
 	cfg := configs()["llama-tied"]
 	dev, src := newDevice(t), randomSource(t, cfg, 7)

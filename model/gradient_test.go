@@ -6,6 +6,7 @@ import (
 	"testing"
 
 	"trainerd/kernels"
+	"trainerd/kernels/cpu"
 	"trainerd/model"
 )
 
@@ -287,6 +288,28 @@ func TestCoefficients(t *testing.T) {
 			}
 			m.Close()
 		}
+	}
+}
+
+// TestGradientIsReproducible: the same calls give the same bits, with any number of workers.
+func TestGradientIsReproducible(t *testing.T) {
+	cfg := configs()["qwen3-tied"]
+	cfg.Hidden, cfg.FFN, cfg.Vocab = 64, 96, 300 // large enough to be shared out
+	b := pack(randomSamples(rand.New(rand.NewPCG(7, 0)), cfg.Vocab), true)
+	var want map[string][]float32
+	for _, workers := range []int{1, 1, 2, 3} {
+		dev, err := cpu.New(workers)
+		if err != nil {
+			t.Fatal(err)
+		}
+		m := load(t, dev, randomSource(t, cfg, 6), trainOptions())
+		got := gradient(t, m, b, crossEntropy(len(b.Rows)))
+		if want == nil {
+			want = got
+		}
+		sameBits(t, "gradient", got, want)
+		m.Close()
+		dev.Close()
 	}
 }
 

@@ -197,7 +197,7 @@ func TestTooLarge(t *testing.T) {
 		}
 	}
 
-	cfg.Layers, cfg.FFN, cfg.Hidden = 100, 1<<20, 1<<14
+	cfg.Layers, cfg.FFN, cfg.Hidden = 40, 1<<20, 1<<14
 	if _, err := model.Load(context.Background(), dev, altered{Source: randomSource(t, cfg, 1)}, trainOptions()); fault.KindOf(err) != fault.TooLarge ||
 		!strings.Contains(err.Error(), "a smaller model") {
 		t.Errorf("%v, expected advice to take a smaller model", err)
@@ -287,7 +287,7 @@ func TestConfigValidate(t *testing.T) {
 		"vocab_size":              func(c *model.Config) { c.Vocab = 0 },
 		"hidden_size":             func(c *model.Config) { c.Hidden = -1 },
 		"intermediate_size":       func(c *model.Config) { c.FFN = 1 << 40 },
-		"num_hidden_layers":       func(c *model.Config) { c.Layers = 0 },
+		"num_hidden_layers":       func(c *model.Config) { c.Layers = 1 << 13 },
 		"num_attention_heads":     func(c *model.Config) { c.Heads = 0 },
 		"num_key_value_heads":     func(c *model.Config) { c.KVHeads = 3 },
 		"head_dim":                func(c *model.Config) { c.HeadDim = 7 },
@@ -305,6 +305,16 @@ func TestConfigValidate(t *testing.T) {
 		e, ok := fault.As(cfg.Validate())
 		if !ok || e.Kind != fault.Invalid || !slices.ContainsFunc(e.Fields, func(f fault.Field) bool { return f.Name == field }) {
 			t.Errorf("%s: %v, expected an invalid fault that names it", field, e)
+		}
+	}
+	for what, change := range map[string]func(*model.Config){
+		"parameters": func(c *model.Config) { c.Hidden, c.FFN, c.Layers = 1<<22, 1<<24, 1<<10 },
+		"heads of":   func(c *model.Config) { c.Heads, c.HeadDim = 1<<14, 1<<14 },
+	} {
+		cfg := configs()["llama-tied"]
+		change(&cfg)
+		if err := cfg.Validate(); err == nil || !strings.Contains(err.Error(), what) {
+			t.Errorf("%s: %v, expected a fault about the product", what, err)
 		}
 	}
 	for name, cfg := range configs() {

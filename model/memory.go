@@ -43,14 +43,14 @@ func planned(dev kernels.Device, cfg Config, opt Options) (kernels.Plan, int64, 
 
 func (o Options) validate() error {
 	switch {
-	case o.MaxTokens < 1 || o.MaxTokens > maxDim:
-		return fault.BadField("max_tokens_per_micro_batch", o.MaxTokens, fmt.Sprintf("1 to %d", maxDim))
-	case o.MaxPredictions < 0:
-		return fault.BadField("max_predictions", o.MaxPredictions, "0 or more")
-	case o.SampleSlots < 0:
-		return fault.BadField("sample_slots", o.SampleSlots, "0 or more")
-	case o.SampleSlots > 0 && (o.SampleTokens < 1 || o.SampleTokens > maxDim):
-		return fault.BadField("sample_tokens", o.SampleTokens, fmt.Sprintf("1 to %d when there are sample slots", maxDim))
+	case o.MaxTokens < 1 || o.MaxTokens > maxTokens:
+		return fault.BadField("max_tokens_per_micro_batch", o.MaxTokens, fmt.Sprintf("1 to %d", maxTokens))
+	case o.MaxPredictions < 0 || o.MaxPredictions > maxTokens:
+		return fault.BadField("max_predictions", o.MaxPredictions, fmt.Sprintf("0 to %d", maxTokens))
+	case o.SampleSlots < 0 || o.SampleSlots > maxTokens:
+		return fault.BadField("sample_slots", o.SampleSlots, fmt.Sprintf("0 to %d", maxTokens))
+	case o.SampleSlots > 0 && (o.SampleTokens < 1 || o.SampleTokens > maxTokens):
+		return fault.BadField("sample_tokens", o.SampleTokens, fmt.Sprintf("1 to %d when there are sample slots", maxTokens))
 	case o.Recompute > RecomputeLayers:
 		return fault.BadField("recompute", o.Recompute, "a known mode")
 	}

@@ -3,7 +3,9 @@ package model_test
 import (
 	"bytes"
 	"errors"
+	"flag"
 	"math/rand/v2"
+	"os"
 	"testing"
 
 	"trainerd/internal/fault"
@@ -60,6 +62,71 @@ func TestStateRoundTrip(t *testing.T) {
 			sameBits(t, "weights two steps on", weightsOf(t, b), weightsOf(t, a))
 		})
 	}
+}
+
+var update = flag.Bool("update", false, "write testdata anew")
+
+// TestStateV1 reads a frozen state file, which every later version must be able
+// to, and writes the same bytes. -update makes the file; once released it stays.
+func TestStateV1(t *testing.T) {
+	cfg := model.Config{Type: "qwen3", Vocab: 7, Hidden: 4, FFN: 3, Layers: 1, Heads: 2, KVHeads: 1, HeadDim: 2, MaxPositions: 64,
+		RopeTheta: 100, NormEps: 1e-5, QKNorm: true, InitStd: 0.3, BOS: -1}
+	opt := trainOptions()
+	opt.Reference = true
+	m := load(t, newDevice(t), randomSource(t, cfg, 1), opt)
+	const path = "testdata/v1/state.bin"
+	if *update {
+		train(t, m, 2)
+		var buf bytes.Buffer
+		if err := m.SaveState(&buf); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.WriteFile(path, buf.Bytes(), 0o644); err != nil {
+			t.Fatal(err)
+		}
+	}
+	frozen, err := os.ReadFile(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := m.LoadState(bytes.NewReader(frozen)); err != nil {
+		t.Fatal(err)
+	}
+	var again bytes.Buffer
+	if err := m.SaveState(&again); err != nil {
+		t.Fatal(err)
+	}
+	if m.Steps() != 2 || !bytes.Equal(frozen, again.Bytes()) {
+		t.Errorf("%d steps, expected 2 and the bytes that were read", m.Steps())
+	}
+}
+
+// FuzzLoadState: whatever the bytes, LoadState returns a fault or has read a state that is saved the same.
+func FuzzLoadState(f *testing.F) {
+	frozen, err := os.ReadFile("testdata/v1/state.bin")
+	if err != nil {
+		f.Fatal(err)
+	}
+	f.Add(frozen)
+	f.Add(frozen[:40])
+	cfg := model.Config{Type: "qwen3", Vocab: 7, Hidden: 4, FFN: 3, Layers: 1, Heads: 2, KVHeads: 1, HeadDim: 2, MaxPositions: 64,
+		RopeTheta: 100, NormEps: 1e-5, QKNorm: true, InitStd: 0.3, BOS: -1}
+	opt := trainOptions()
+	opt.Reference = true
+	dev := newDevice(f)
+	f.Fuzz(func(t *testing.T, data []byte) {
+		m := load(t, dev, randomSource(t, cfg, 1), opt)
+		if err := m.LoadState(bytes.NewReader(data)); err != nil {
+			if k := fault.KindOf(err); k != fault.Malformed && k != fault.Invalid {
+				t.Fatalf("%v is neither malformed nor invalid", err)
+			}
+			return
+		}
+		var again bytes.Buffer
+		if err := m.SaveState(&again); err != nil || !bytes.HasPrefix(data, again.Bytes()) {
+			t.Fatalf("read %d bytes, wrote %d others (%v)", len(data), again.Len(), err)
+		}
+	})
 }
 
 func TestStateRefuses(t *testing.T) {
