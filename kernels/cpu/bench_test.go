@@ -67,8 +67,16 @@ func (b benchmark) arena(bytes int64) kernels.Arena {
 	return a
 }
 
-// rate reports billions of operations (or bytes) a second.
-func (b benchmark) rate(each float64, unit string) {
+// measure runs f b.N times and reports billions of operations (or bytes) a
+// second of elapsed time, and the processor time of all cores an operation took:
+// on a machine that others use too, the latter is the one to compare.
+func (b benchmark) measure(each float64, unit string, f func()) {
+	f()
+	before := processorTime()
+	for b.Loop() {
+		f()
+	}
+	b.ReportMetric((processorTime()-before).Seconds()*1e3/float64(b.N), "cpu-ms/op")
 	b.ReportMetric(each*float64(b.N)/b.Elapsed().Seconds()/1e9, unit)
 }
 
@@ -102,10 +110,7 @@ func BenchmarkGemm(bb *testing.B) {
 		bb.Run(c.name, func(bb *testing.B) {
 			b := newBenchmark(bb)
 			g := kernels.Gemm{A: b.random(c.m * c.k), B: b.random(c.k * c.n), C: b.random(c.m * c.n), M: c.m, N: c.n, K: c.k, TransA: c.ta, TransB: c.tb}
-			for bb.Loop() {
-				b.dev.Gemm(g)
-			}
-			b.rate(2*float64(c.m)*float64(c.n)*float64(c.k), "GFLOP/s")
+			b.measure(2*float64(c.m)*float64(c.n)*float64(c.k), "GFLOP/s", func() { b.dev.Gemm(g) })
 		})
 	}
 }
@@ -122,20 +127,14 @@ func BenchmarkAttention(bb *testing.B) {
 		Layout: layout, T: benchT, H: benchH, KV: benchKV, HD: benchHD, Scratch: scratch,
 	}
 	bb.Run("forward", func(bb *testing.B) {
-		for bb.Loop() {
-			b.dev.Attention(x)
-		}
-		benchmark{bb, b.dev}.rate(4*pairs*benchH*benchHD, "GFLOP/s")
+		benchmark{bb, b.dev}.measure(4*pairs*benchH*benchHD, "GFLOP/s", func() { b.dev.Attention(x) })
 	})
 	g := kernels.AttentionBackward{
 		DQKV: b.random(benchT * benchW), DOut: b.random(benchT * benchD), Out: out, LSE: lse, QKV: qkv,
 		Layout: layout, T: benchT, H: benchH, KV: benchKV, HD: benchHD, Scratch: scratch,
 	}
 	bb.Run("backward", func(bb *testing.B) {
-		for bb.Loop() {
-			b.dev.AttentionBackward(g)
-		}
-		benchmark{bb, b.dev}.rate(10*pairs*benchH*benchHD, "GFLOP/s")
+		benchmark{bb, b.dev}.measure(10*pairs*benchH*benchHD, "GFLOP/s", func() { b.dev.AttentionBackward(g) })
 	})
 	bb.Run("decode", func(bb *testing.B) { // 56 sequences behind one prompt, 32 tokens each so far
 		const n = 56
@@ -145,9 +144,7 @@ func BenchmarkAttention(bb *testing.B) {
 		}
 		y := x
 		y.T, y.LSE, y.Out, y.Layout = n, nil, out.Slice(0, n*benchD), b.dev.Layout(a, segments)
-		for bb.Loop() {
-			b.dev.Attention(y)
-		}
+		benchmark{bb, b.dev}.measure(4*n*(benchPrompt+32)*benchH*benchHD, "GFLOP/s", func() { b.dev.Attention(y) })
 	})
 }
 
@@ -160,17 +157,11 @@ func BenchmarkHead(bb *testing.B) {
 	}
 	flops := 2.0 * benchN * benchD * benchV
 	bb.Run("forward", func(bb *testing.B) {
-		for bb.Loop() {
-			b.dev.LogProb(h)
-		}
-		benchmark{bb, b.dev}.rate(flops, "GFLOP/s")
+		benchmark{bb, b.dev}.measure(flops, "GFLOP/s", func() { b.dev.LogProb(h) })
 	})
 	g := kernels.HeadGrad{DLogProb: b.random(benchN), DHidden: b.random(benchN * benchD), DW: b.random(benchV * benchD)}
 	bb.Run("backward", func(bb *testing.B) {
-		for bb.Loop() {
-			b.dev.LogProbBackward(h, g)
-		}
-		benchmark{bb, b.dev}.rate(3*flops, "GFLOP/s")
+		benchmark{bb, b.dev}.measure(3*flops, "GFLOP/s", func() { b.dev.LogProbBackward(h, g) })
 	})
 	bb.Run("rows", func(bb *testing.B) { // what is left without the products
 		z := anyFloats("bench", "z", a.Alloc(kernels.F32, headChunk(benchN, benchV)*benchV))
@@ -178,13 +169,12 @@ func BenchmarkHead(bb *testing.B) {
 		for i := range z {
 			z[i] = float32(i%97) * 0.1
 		}
-		for bb.Loop() {
+		benchmark{bb, b.dev}.measure(float64(len(z)), "Glogit/s", func() {
 			dev.each(len(z)/benchV, func(_, i int) {
 				row := z[i*benchV:][:benchV]
 				stats(row, 5, 1).gradient(row, 1, 0)
 			})
-		}
-		bb.ReportMetric(float64(len(z))*float64(bb.N)/bb.Elapsed().Seconds()/1e9, "Glogit/s")
+		})
 	})
 	bb.Run("sample", func(bb *testing.B) {
 		const n = 56
@@ -192,9 +182,7 @@ func BenchmarkHead(bb *testing.B) {
 			Hidden: h.Hidden.Slice(0, n*benchD), W: h.W, U: b.random(n), Tokens: b.index(n, 2), LogProb: b.random(n),
 			N: n, D: benchD, V: benchV, Temperature: 1, TopP: 0.95, Scratch: b.arena(b.dev.(kernels.Scratcher).DrawScratch(n, benchD, benchV)),
 		}
-		for bb.Loop() {
-			b.dev.Sample(d)
-		}
+		benchmark{bb, b.dev}.measure(2*n*benchD*benchV, "GFLOP/s", func() { b.dev.Sample(d) })
 	})
 }
 
@@ -203,12 +191,10 @@ func BenchmarkRest(bb *testing.B) {
 	b := newBenchmark(bb)
 	x, y, z, w, rstd := b.random(benchT*benchD), b.random(benchT*benchD), b.random(benchT*benchD), b.random(benchD), b.random(benchT)
 	qkv, pos, gu, act, dw := b.random(benchT*benchW), b.index(benchT, 1024), b.random(benchT*2*benchF), b.random(benchT*benchF), b.random(benchD)
+	dgu := b.random(benchT * 2 * benchF)
 	run := func(name string, bytes float64, f func()) {
 		bb.Run(name, func(bb *testing.B) {
-			for bb.Loop() {
-				f()
-			}
-			benchmark{bb, b.dev}.rate(bytes, "GB/s")
+			benchmark{bb, b.dev}.measure(bytes, "GB/s", f)
 		})
 	}
 	run("rmsnorm", 4*4*benchT*benchD, func() {
@@ -225,7 +211,7 @@ func BenchmarkRest(bb *testing.B) {
 		b.dev.RopeBackward(kernels.RopeBackward{D: qkv, Pos: pos, T: benchT, H: benchH, KV: benchKV, HD: benchHD, Theta: 1e5})
 	})
 	run("swiglu", 3*4*benchT*benchF, func() { b.dev.SwiGLU(act, gu, benchT, benchF) })
-	run("swiglu backward", 5*4*benchT*benchF, func() { b.dev.SwiGLUBackward(gu, act, gu, benchT, benchF) })
+	run("swiglu backward", 5*4*benchT*benchF, func() { b.dev.SwiGLUBackward(dgu, act, gu, benchT, benchF) })
 	const n = 16 << 20
 	p, g, m, v, one := b.random(n), b.random(n), b.random(n), b.random(n), b.random(1)
 	b.dev.Zero(v)
