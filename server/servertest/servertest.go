@@ -20,6 +20,7 @@ import (
 	"trainerd/model/hf"
 	"trainerd/rollout"
 	"trainerd/server"
+	"trainerd/storage"
 	"trainerd/storage/disk"
 	"trainerd/trainer"
 )
@@ -55,6 +56,8 @@ type Options struct {
 	Wrap         func(http.Handler) http.Handler // around the server, to look at what passes
 	ModelDir     string                          // default: a new TinyConfig model
 	DType        string                          // of the default model; "" is F32
+	WrapStore    func(storage.Blob) storage.Blob // around the checkpoint store, to inject failures
+	OpenStore    func(ctx context.Context, url string) (storage.Blob, error)
 }
 
 // Env is a running server. Its directories outlive Stop, for a restart.
@@ -101,7 +104,12 @@ func (e *Env) boot(t testing.TB, dev kernels.Device) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	e.Manager, err = trainer.NewManager(trainer.Options{Device: dev, DataDir: e.DataDir, Store: store, Version: "test", Limits: e.opts.Limits})
+	blob := storage.Blob(store)
+	if e.opts.WrapStore != nil {
+		blob = e.opts.WrapStore(blob)
+	}
+	e.Manager, err = trainer.NewManager(trainer.Options{Device: dev, DataDir: e.DataDir, Store: blob, OpenStore: e.opts.OpenStore,
+		Version: "test", Limits: e.opts.Limits})
 	if err != nil {
 		t.Fatal(err)
 	}
