@@ -11,6 +11,8 @@ import (
 type worker struct {
 	gemm simd.Scratch
 	temp []float32
+	mass []float64 // of a nucleus search
+	ids  []int32
 }
 
 // floats returns n floats of uninitialised memory, valid until the next call.

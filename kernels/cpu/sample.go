@@ -1,7 +1,6 @@
 package cpu
 
 import (
-	"cmp"
 	"math"
 	"slices"
 
@@ -33,13 +32,13 @@ func (d *device) Sample(x kernels.Draw) {
 	for from := 0; from < n; from += chunk {
 		m := min(chunk, n-from)
 		d.gemm(false, true, m, v, dim, hidden[from*dim:][:m*dim], w, logits[:m*v], false)
-		d.each(m, func(_, i int) {
+		d.each(m, func(w, i int) {
 			z := logits[i*v:][:v]
 			if x.Temperature == 0 {
 				tokens[from+i], logProb[from+i] = greedyRow(z)
 				return
 			}
-			tokens[from+i], logProb[from+i] = drawRow(z, u[from+i], 1/x.Temperature, x.TopP)
+			tokens[from+i], logProb[from+i] = drawRow(&d.workers[w], z, u[from+i], 1/x.Temperature, x.TopP)
 		})
 	}
 }
@@ -56,9 +55,9 @@ func greedyRow(z []float32) (int32, float32) {
 //
 // The nucleus is the shortest run of ids, by falling probability (ties: lower
 // id first), whose mass reaches topP. The cumulative sum that u inverts runs
-// over the nucleus in id order, so that topP 1 needs no sort. A row with a NaN
-// gives id 0 and NaN.
-func drawRow(z []float32, u, scale, topP float32) (int32, float32) {
+// over the nucleus in id order, so that topP 1 needs no nucleus at all. A row
+// with a NaN gives id 0 and NaN.
+func drawRow(w *worker, z []float32, u, scale, topP float32) (int32, float32) {
 	simd.ExpScaleShift(z, z, scale, simd.Max(z)*scale)
 	sum := simd.Sum(z)
 	if math.IsNaN(sum) {
@@ -66,7 +65,7 @@ func drawRow(z []float32, u, scale, topP float32) (int32, float32) {
 	}
 	var id int32
 	if topP < 1 {
-		id = invertNucleus(z, nucleus(z, sum, topP), float64(u))
+		id = w.nucleus(z, sum, topP).invert(z, float64(u))
 	} else {
 		id = invert(z, float64(u)*sum)
 	}
@@ -97,43 +96,76 @@ func invert(e []float32, aim float64) int32 {
 	return last
 }
 
-// nucleus returns the ids of the nucleus in ascending order.
-func nucleus(e []float32, sum float64, topP float32) []int32 {
-	// What is less likely than (1-topP)/V cannot matter: all of it together
-	// weighs less than 1-topP, so the rest alone reaches topP. The margin
-	// covers rounding. This leaves a few ids to sort.
-	floor := float32((1 - float64(topP)) * sum / float64(len(e)) * 0.999)
-	var ids []int32
+// nucleus is the ids that are likelier than that of the given last one, and
+// those as likely up to it.
+type nucleus struct {
+	least float32 // e[last]
+	last  int32
+	mass  float64
+}
+
+// Buckets of a nucleus search: what e in [0,1] has of its exponent and its first
+// five bits, which order like the numbers do.
+const (
+	bucketShift = 18
+	buckets     = 0x3f800000>>bucketShift + 1 // the last one holds exp(0) = 1
+)
+
+func bucketOf(e float32) int { return min(int(math.Float32bits(e)>>bucketShift), buckets-1) }
+
+// nucleus finds the shortest run without sorting the vocabulary: it adds up
+// buckets of similar values from the top and sorts only the one where the mass
+// is reached.
+func (w *worker) nucleus(e []float32, sum float64, topP float32) nucleus {
+	if w.mass == nil {
+		w.mass = make([]float64, buckets)
+	}
+	clear(w.mass)
+	for _, a := range e {
+		w.mass[bucketOf(a)] += float64(a)
+	}
+	aim, above, b := float64(topP)*sum, 0.0, buckets-1
+	for b > 0 && above+w.mass[b] < aim {
+		above += w.mass[b]
+		b--
+	}
+	w.ids = w.ids[:0]
 	for j, a := range e {
-		if a >= floor && a > 0 {
-			ids = append(ids, int32(j))
+		if a > 0 && bucketOf(a) == b {
+			w.ids = append(w.ids, int32(j))
 		}
 	}
-	slices.SortFunc(ids, func(a, b int32) int {
-		return cmp.Or(cmp.Compare(e[b], e[a]), cmp.Compare(a, b))
+	slices.SortFunc(w.ids, func(x, y int32) int {
+		if e[x] != e[y] {
+			if e[x] > e[y] {
+				return -1
+			}
+			return 1
+		}
+		return int(x - y)
 	})
-	mass := 0.0
-	for i, j := range ids {
-		if mass += float64(e[j]); mass >= float64(topP)*sum {
-			ids = ids[:i+1]
+	n := nucleus{mass: above}
+	for _, j := range w.ids {
+		n.least, n.last = e[j], j
+		if n.mass += float64(e[j]); n.mass >= aim {
 			break
 		}
 	}
-	slices.Sort(ids)
-	return ids
+	return n
 }
 
-// invertNucleus is invert over some ids, with u in [0,1).
-func invertNucleus(e []float32, ids []int32, u float64) int32 {
-	mass := 0.0
-	for _, j := range ids {
-		mass += float64(e[j])
-	}
-	seen := 0.0
-	for _, j := range ids {
-		if seen += float64(e[j]); seen > u*mass {
-			return j
+// invert returns the first id of the nucleus, in id order, where the cumulative
+// sum exceeds u of its mass, with u in [0,1).
+func (n nucleus) invert(e []float32, u float64) int32 {
+	seen, id := 0.0, n.last
+	for j, a := range e {
+		if a < n.least || a == n.least && int32(j) > n.last {
+			continue
+		}
+		seen, id = seen+float64(a), int32(j)
+		if seen > u*n.mass {
+			break
 		}
 	}
-	return ids[len(ids)-1]
+	return id
 }
