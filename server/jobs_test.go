@@ -59,6 +59,30 @@ func TestTwoJobsShareTheDevice(t *testing.T) {
 	}
 }
 
+// TestSourceOfFinishingJob creates a job from the newest checkpoint of another
+// the moment that one has done its last step.
+func TestSourceOfFinishingJob(t *testing.T) {
+	const n = 2
+	e := servertest.Start(t, servertest.Options{Wrap: described(t)})
+	c, ctx := connect(t, e)
+	a := create(t, c, ctx, e.JobDocument(n, map[string]any{"max_steps": 2, "checkpoint": map[string]any{"publish_every_steps": 2}}))
+	if _, err := c.Submit(ctx, a.ID, servertest.Batch("a", 4, n, 0, 1), ""); err != nil {
+		t.Fatal(err)
+	}
+	await(t, c, ctx, a.ID, "the last step", func(j client.Job) bool { return j.Step == 2 })
+	b, err := c.CreateJob(ctx, e.JobDocument(n, map[string]any{"model": map[string]any{"source": "job:" + a.ID + "@latest"}}), "")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if !strings.Contains(string(b.Document), `"resolved_source":"job:`+a.ID+`@2"`) {
+		t.Errorf("document %s", b.Document)
+	}
+	all, err := c.Checkpoints(ctx, a.ID)
+	if err != nil || len(all) != 2 {
+		t.Errorf("%d checkpoints, %v; expected steps 0 and 2, once each", len(all), err)
+	}
+}
+
 func TestStaleGroupsAreRefused(t *testing.T) {
 	const n = 2
 	e := servertest.Start(t, servertest.Options{Wrap: described(t)})

@@ -154,6 +154,9 @@ func (m *Manager) jobDir(id JobID) string { return filepath.Join(m.opts.DataDir,
 // same body answers the job that it made before (created is false); another
 // body is refused. A job that cannot fit is refused before anything is kept.
 func (m *Manager) Create(ctx context.Context, body []byte, key string) (job *Job, created bool, err error) {
+	if err := m.awaitSource(ctx, body); err != nil {
+		return nil, false, err
+	}
 	m.creating.Lock()
 	defer m.creating.Unlock()
 	sum := sha256.Sum256(body)
@@ -215,6 +218,37 @@ func (m *Manager) Create(ctx context.Context, body []byte, key string) (job *Job
 	kept = true
 	m.log.Info("job created", "job", rec.ID, "name", spec.Name, "source", rec.Source, "objective", spec.Objective.Name)
 	return job, true, nil
+}
+
+// awaitSource waits for the last checkpoint of a source job:ID@latest that has
+// done its last step and is about to publish it: latest would name an older one.
+func (m *Manager) awaitSource(ctx context.Context, body []byte) error {
+	spec, err := ParseSpec(body)
+	if err != nil {
+		return nil // Create says so
+	}
+	ref, ok := parseJobSource(spec.Model.Source)
+	if !ok || ref.Step >= 0 {
+		return nil
+	}
+	j, err := m.Job(ref.Job)
+	if err != nil {
+		return nil // its checkpoints may exist all the same
+	}
+	j.mu.Lock()
+	finishing := j.lastStepDone() && !j.state.Final()
+	j.mu.Unlock()
+	if !finishing {
+		return nil
+	}
+	select {
+	case <-j.ended:
+		return nil
+	case <-m.closed:
+		return errClosed
+	case <-ctx.Done():
+		return ctx.Err()
+	}
 }
 
 // createdBefore looks an idempotency key up; nil, nil for a new one.

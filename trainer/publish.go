@@ -29,16 +29,15 @@ func (j *Job) publishDue(ctx context.Context) error {
 	return err
 }
 
-// publishFinal makes sure that the last step is published with its state.
+// publishFinal makes sure that the last step is published.
 func (j *Job) publishFinal(ctx context.Context) error {
 	j.mu.Lock()
-	done := j.latest != nil && j.latest.Step == j.rec.Step && j.latest.Snapshot
+	done := j.latest != nil && j.latest.Step == j.rec.Step
 	j.mu.Unlock()
 	if done {
 		return nil
 	}
-	_, err := j.publish(ctx, func() bool { return true })
-	return err
+	return j.publishDue(ctx)
 }
 
 // snapshotDue is called on the device's goroutine.

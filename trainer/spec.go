@@ -50,7 +50,7 @@ func (b BatchSpec) Timeout() time.Duration {
 // CheckpointSpec says what is published when, and for how long it is kept.
 type CheckpointSpec struct {
 	PublishEverySteps  int64  `json:"publish_every_steps"`
-	SnapshotEverySteps int64  `json:"snapshot_every_steps"` // with optimizer state; 0: only at the end
+	SnapshotEverySteps int64  `json:"snapshot_every_steps"` // with optimizer state, at the next publication; 0: only when the server stops
 	KeepLast           int64  `json:"keep_last"`            // newest checkpoints kept; 0: all
 	KeepEvery          int64  `json:"keep_every"`           // steps divisible by it are kept besides; 0: none
 	DType              string `json:"dtype"`                // source, F32, BF16 or F16
@@ -76,8 +76,9 @@ type jobSource struct {
 }
 
 func parseJobSource(s string) (jobSource, bool) {
-	id, at, ok := strings.Cut(strings.TrimPrefix(s, schemeJob), "@")
-	if !ok || !validJobID(id) {
+	rest, isJob := strings.CutPrefix(s, schemeJob)
+	id, at, ok := strings.Cut(rest, "@")
+	if !isJob || !ok || !validJobID(id) {
 		return jobSource{}, false
 	}
 	if at == "latest" {

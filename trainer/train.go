@@ -141,10 +141,12 @@ func (j *Job) decide() (act action, alarm time.Time) {
 	switch {
 	case j.state.Final():
 		return actStop, alarm
-	case j.latest == nil || j.rec.Step-j.latest.Step >= j.spec.Checkpoint.PublishEverySteps:
+	case j.latest == nil:
 		return actPublish, alarm
-	case j.spec.MaxSteps > 0 && j.rec.Step >= j.spec.MaxSteps:
+	case j.lastStepDone():
 		return actFinish, alarm
+	case j.rec.Step-j.latest.Step >= j.spec.Checkpoint.PublishEverySteps:
+		return actPublish, alarm
 	}
 	if at, ok := j.asm.NextExpiry(); ok {
 		if !time.Now().Before(at) {
@@ -166,6 +168,9 @@ func (j *Job) decide() (act action, alarm time.Time) {
 	j.setState(Waiting)
 	return actWait, alarm
 }
+
+// lastStepDone says that nothing is left to do but to publish. Called with mu held.
+func (j *Job) lastStepDone() bool { return j.spec.MaxSteps > 0 && j.rec.Step >= j.spec.MaxSteps }
 
 // take hands the oldest complete groups to the next step.
 func (j *Job) take() {
