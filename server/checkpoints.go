@@ -153,7 +153,8 @@ func (s *Server) untilClose(ctx context.Context) (context.Context, context.Cance
 }
 
 // checkpointFile serves one file with ranges and conditions (RFC 9110) and its
-// digest (RFC 9530). A file of a checkpoint never changes under its ETag.
+// digest (RFC 9530). A file of a checkpoint never changes under its ETag. With
+// ?redirect=true a store that can hands the client to itself.
 func (s *Server) checkpointFile(c echo.Context) error {
 	job, err := s.job(c)
 	if err != nil {
@@ -176,6 +177,16 @@ func (s *Server) checkpointFile(c echo.Context) error {
 	digest, err := hex.DecodeString(f.SHA256)
 	if err != nil {
 		return fmt.Errorf("read digest of %s: %w", name, err)
+	}
+	if c.QueryParam("redirect") == "true" {
+		url, ok, err := job.FileURL(c.Request().Context(), man, name)
+		if err != nil {
+			return err
+		}
+		if ok {
+			c.Response().Header().Set("Cache-Control", "no-store") // the URL ends soon
+			return c.Redirect(http.StatusTemporaryRedirect, url)
+		}
 	}
 	h := c.Response().Header()
 	h.Set("ETag", `"`+f.SHA256+`"`)

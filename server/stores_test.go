@@ -8,6 +8,7 @@ import (
 	"strings"
 	"sync/atomic"
 	"testing"
+	"time"
 
 	"trainerd/client"
 	"trainerd/internal/fault"
@@ -78,5 +79,36 @@ func TestModelFromObjectStore(t *testing.T) {
 	}
 	if bad, err = c.Cancel(ctx, bad.ID); err != nil || bad.State != "cancelled" {
 		t.Errorf("cancel while loading: %s, %v", bad.State, err)
+	}
+}
+
+// signing is a store whose objects can be read elsewhere.
+type signing struct{ storage.Blob }
+
+func (signing) Presign(_ context.Context, key string, ttl time.Duration) (string, error) {
+	return "http://store.example/" + key + "?ttl=" + ttl.String(), nil
+}
+
+func TestRedirectToTheStore(t *testing.T) {
+	client := &http.Client{CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse }}
+	for _, tc := range []struct {
+		wrap   func(storage.Blob) storage.Blob
+		status int
+	}{
+		{nil, 200},
+		{func(b storage.Blob) storage.Blob { return signing{b} }, 307},
+	} {
+		e := servertest.Start(t, servertest.Options{Wrap: described(t), WrapStore: tc.wrap})
+		c, ctx := connect(t, e)
+		j := create(t, c, ctx, e.JobDocument(2, nil))
+		res, err := client.Get(e.URL + "/v1/jobs/" + j.ID + "/checkpoints/0/files/hf/config.json?redirect=true")
+		if err != nil {
+			t.Fatal(err)
+		}
+		res.Body.Close()
+		want := "http://store.example/jobs/" + j.ID + "/checkpoints/00000000-0/hf/config.json?ttl=15m0s"
+		if res.StatusCode != tc.status || tc.status == 307 && res.Header.Get("Location") != want {
+			t.Errorf("status %d, location %q; expected %d", res.StatusCode, res.Header.Get("Location"), tc.status)
+		}
 	}
 }

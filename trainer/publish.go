@@ -232,6 +232,25 @@ func (j *Job) OpenFile(ctx context.Context, man storage.Manifest, name string, o
 	return r, storeFault("read checkpoint file", err)
 }
 
+// presigner is a store that can let others read an object without credentials.
+type presigner interface {
+	Presign(ctx context.Context, key string, ttl time.Duration) (string, error)
+}
+
+// presignTTL is how long a presigned URL opens: long enough to begin a large file late.
+const presignTTL = 15 * time.Minute
+
+// FileURL returns a URL of the store itself for a checkpoint's file; ok is false
+// when the store has none.
+func (j *Job) FileURL(ctx context.Context, man storage.Manifest, name string) (url string, ok bool, err error) {
+	p, ok := j.m.ckpts.Blob.(presigner)
+	if !ok {
+		return "", false, nil
+	}
+	url, err = p.Presign(ctx, man.Prefix+"/"+name, presignTTL)
+	return url, err == nil, storeFault("presign a checkpoint file", err)
+}
+
 // Latest returns the newest checkpoint if it is of a step after the given one,
 // waiting for one until ctx ends; ok is false when none came.
 func (j *Job) Latest(ctx context.Context, after int64) (man storage.Manifest, ok bool, err error) {
