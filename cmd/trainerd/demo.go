@@ -154,7 +154,7 @@ func (d *demo) run(ctx context.Context) error {
 	if err != nil {
 		return fmt.Errorf("warm start: %w", err)
 	}
-	job, err := d.createLoop(ctx, fmt.Sprintf("job:%s@latest", warm))
+	job, err := d.createLoop(ctx, warm)
 	if err != nil {
 		return err
 	}
@@ -174,7 +174,8 @@ type warmStart struct {
 	eos         int32
 }
 
-// run trains the model on demonstrations through a cross_entropy job, and returns the job.
+// run trains the model on demonstrations through a cross_entropy job, and returns
+// its last checkpoint as a model source.
 func (w warmStart) run(ctx context.Context, d *demo, source string) (string, error) {
 	job, err := d.client.CreateJob(ctx, map[string]any{
 		"version": 1, "name": "warm-start", "model": map[string]any{"source": source},
@@ -212,7 +213,10 @@ func (w warmStart) run(ctx context.Context, d *demo, source string) (string, err
 		_ = bar.Set(done + n)
 		d.printf("warm start %4d/%d  loss %.4f\n", done+n, w.steps, st.Metrics["loss"])
 	}
-	return job.ID, nil
+	if _, err := waitCheckpoint(ctx, d.client, job.ID, int64(w.steps), 2*time.Minute); err != nil {
+		return "", err
+	}
+	return fmt.Sprintf("job:%s@%d", job.ID, w.steps), nil
 }
 
 // createLoop makes the SA-GRPO job.

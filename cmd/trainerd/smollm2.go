@@ -67,7 +67,7 @@ func (d *demo) runSmolLM2(ctx context.Context) error {
 	d.printf("trainerd demo: %s imported to %s, server %s\n", filepath.Base(d.smollm2), base, p.URL())
 
 	var chat error
-	d.agent = secloop.Agent{Codec: codec, Field: secloop.Drill{}, Judge: secloop.RuleJudge{}, 
+	d.agent = secloop.Agent{Codec: codec, Field: secloop.Drill{}, Judge: secloop.RuleJudge{},
 		Opening: `[{"tool":"`,
 		Prompt: func(a secloop.Alert) string {
 			system, user := secloop.ChatPrompt(a)
@@ -86,7 +86,7 @@ func (d *demo) runSmolLM2(ctx context.Context) error {
 		return fmt.Errorf("warm start: %w", errors.Join(err, chat))
 	}
 	job, err := d.client.CreateJob(ctx, map[string]any{
-		"version": 1, "name": "secloop-smollm2", "model": map[string]any{"source": "job:" + warm + "@latest"},
+		"version": 1, "name": "secloop-smollm2", "model": map[string]any{"source": warm},
 		"objective":  map[string]any{"name": "sa_grpo", "group_size": d.size, "temperature": temperature},
 		"optimizer":  map[string]any{"lr": 1e-5},
 		"batch":      map[string]any{"groups_per_step": groups, "max_tokens_per_micro_batch": 2048, "max_policy_lag": 1},
