@@ -32,6 +32,9 @@ func (s *Server) readBody(c echo.Context, limit int64) ([]byte, error) {
 	if r.ContentLength > limit {
 		return nil, tooLarge(strconv.FormatInt(r.ContentLength, 10) + " bytes")
 	}
+	if err := s.reserve(c, limit); err != nil {
+		return nil, err
+	}
 	control := http.NewResponseController(c.Response().Writer)
 	if control.SetReadDeadline(time.Now().Add(s.limits.BodyTimeout)) == nil {
 		defer control.SetReadDeadline(time.Time{}) // else the deadline would end the answer too
@@ -49,6 +52,25 @@ func (s *Server) readBody(c echo.Context, limit int64) ([]byte, error) {
 		return nil, fault.New(fault.Malformed, "body_unreadable", "read the body: %w", err)
 	}
 	return buf.Bytes(), nil
+}
+
+// keyUpload is where a request keeps the bytes it has reserved.
+const keyUpload = "upload"
+
+// reserve counts a body in before it is read, so that many at once cannot take
+// all memory. A body that is alone always passes; observe counts it out.
+func (s *Server) reserve(c echo.Context, limit int64) error {
+	n := limit
+	if l := c.Request().ContentLength; l >= 0 {
+		n = l
+	}
+	if total := s.uploads.Add(n); total > s.limits.MaxUploadBytes && total > n {
+		s.uploads.Add(-n)
+		return &fault.Error{Kind: fault.Busy, Code: "uploads_full", RetryAfter: time.Second,
+			Msg: fmt.Sprintf("bodies of %d bytes are under way, and %d more would be over the limit of %d", total-n, n, s.limits.MaxUploadBytes)}
+	}
+	c.Set(keyUpload, n)
+	return nil
 }
 
 // wantArrow refuses a body that does not declare itself an Arrow stream.

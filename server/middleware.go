@@ -58,6 +58,9 @@ func (s *Server) observe(next echo.HandlerFunc) echo.HandlerFunc {
 		if err := next(c); err != nil {
 			c.Error(err) // answers; the status is known from here on
 		}
+		if n, ok := c.Get(keyUpload).(int64); ok {
+			s.uploads.Add(-n)
+		}
 		route := c.Path() // the pattern, so that ids do not become labels
 		if route == "" || route == "/*" {
 			route = "none"

@@ -23,6 +23,7 @@ import (
 	"trainerd/client"
 	"trainerd/rollout"
 	"trainerd/rollout/arrowio"
+	"trainerd/server"
 	"trainerd/server/servertest"
 	"trainerd/trainer"
 )
@@ -492,5 +493,48 @@ func TestIdempotencyAndFullQueue(t *testing.T) {
 	}
 	if _, err := c.Submit(ctx, id, servertest.Batch("c", 1, n, 0, 3), ""); err != nil {
 		t.Errorf("after the queue has drained: %v", err)
+	}
+}
+
+// TestUploadsAreBounded holds one body half-way and sends another: together they
+// are over what the server keeps in memory.
+func TestUploadsAreBounded(t *testing.T) {
+	e := servertest.Start(t, servertest.Options{Wrap: described(t), ServerLimits: server.Limits{MaxUploadBytes: 8 << 10}})
+	c, ctx := connect(t, e)
+	j := create(t, c, ctx, e.JobDocument(3, nil))
+	url := e.URL + "/v1/jobs/" + j.ID + "/rollouts"
+	body := encode(t, servertest.Batch("x", 4, 3, 0, 9), "")
+	if len(body) > 8<<10 {
+		t.Fatalf("the batch has %d bytes", len(body))
+	}
+	pr, pw := io.Pipe()
+	req, err := http.NewRequestWithContext(ctx, http.MethodPost, url, pr)
+	if err != nil {
+		t.Fatal(err)
+	}
+	req.ContentLength = 8 << 10 // never sent whole
+	req.Header.Set("Content-Type", arrowio.ContentType)
+	sent := make(chan error, 1)
+	go func() {
+		res, err := http.DefaultClient.Do(req)
+		if err == nil {
+			res.Body.Close()
+		}
+		sent <- err
+	}()
+	if _, err := pw.Write(body[:100]); err != nil {
+		t.Fatal(err)
+	}
+	var p problem
+	for status := 0; status != 429; { // the first body may not have been seen yet
+		if status, p = exchange(t, http.MethodPost, url, []byte("{}"), arrowHeader); ctx.Err() != nil {
+			t.Fatal("the second body was never refused")
+		}
+	}
+	p.want(t, 429, "uploads_full", "", -1)
+	pw.CloseWithError(io.ErrUnexpectedEOF)
+	<-sent
+	if _, err := c.SubmitArrow(ctx, j.ID, body, ""); err != nil {
+		t.Errorf("once the first is gone: %v", err)
 	}
 }

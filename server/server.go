@@ -7,6 +7,7 @@ import (
 	"net/http"
 	"slices"
 	"strings"
+	"sync/atomic"
 	"time"
 
 	"github.com/labstack/echo/v4"
@@ -18,6 +19,7 @@ import (
 // Limits bound one request. Zero values mean the defaults.
 type Limits struct {
 	MaxDocumentBytes int64         // of a JSON body; default 16 MiB (a sampling request carries prompts)
+	MaxUploadBytes   int64         // of all bodies being received or worked on; default 1 GiB
 	BodyTimeout      time.Duration // to receive a body; default 5 min
 	RequestTimeout   time.Duration // to answer, streams and files excepted; default 15 min
 	MaxWait          time.Duration // of a long poll; default 60 s
@@ -27,6 +29,9 @@ type Limits struct {
 func (l Limits) withDefaults() Limits {
 	if l.MaxDocumentBytes <= 0 {
 		l.MaxDocumentBytes = 16 << 20
+	}
+	if l.MaxUploadBytes <= 0 {
+		l.MaxUploadBytes = 1 << 30
 	}
 	def := func(d *time.Duration, v time.Duration) {
 		if *d <= 0 {
@@ -58,6 +63,7 @@ type Server struct {
 	limits  Limits
 	version string
 	metrics *meters
+	uploads atomic.Int64    // bytes of bodies, by their declared length or their limit
 	life    context.Context // of streams and long polls; ended by Close
 	end     context.CancelFunc
 }
