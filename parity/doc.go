@@ -5,8 +5,8 @@
 //
 // The tolerances are the project's: log-probs within 1e-4 of transformers in
 // float32; each parameter's gradient g within 1e-4*max(|g_ref|, 1e-3*|g_all|) of
-// float64 autograd; losses of ten AdamW steps within 1e-5 relative. Package
-// tests in perturb_test.go show that these goldens can fail.
+// float64 autograd; losses of ten AdamW steps within 1e-5 relative. The tests of
+// perturb_test.go show that these goldens can fail.
 //
 // parity/interop.sh (`make test-interop`) is the other direction: transformers
 // loads what trainerd published.

@@ -121,8 +121,8 @@ func TestTraining(t *testing.T) {
 	}
 }
 
-// TestTrainingSeesDecay: without weight decay, or with it on norms and biases
-// too, the ten losses miss their tolerance, so the golden tells the difference.
+// TestTrainingSeesDecay: without weight decay the ten losses miss their
+// tolerance, so the golden tells the difference.
 func TestTrainingSeesDecay(t *testing.T) {
 	dev := device(t)
 	const name = "llama-untied"
