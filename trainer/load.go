@@ -177,7 +177,9 @@ func badModel(source string, err error) error {
 		if f.Code != "" {
 			e.Code = f.Code
 		}
-		e.Fields = append(e.Fields, f.Fields...)
+		if len(f.Fields) > 0 { // they say it all: the text would say it twice
+			e.Fields, e.Err = append(e.Fields, f.Fields...), nil
+		}
 	}
 	return e
 }

@@ -220,6 +220,30 @@ func (m *Manager) Create(ctx context.Context, body []byte, key string) (job *Job
 	return job, true, nil
 }
 
+// untilClosed runs what is not worth waiting for when the server stops: its
+// context ends when Close begins.
+func (m *Manager) untilClosed(ctx context.Context, do func(context.Context) error) error {
+	ctx, cancel := context.WithCancel(ctx)
+	ended := make(chan struct{})
+	go func() {
+		defer close(ended)
+		select {
+		case <-m.closed:
+			cancel()
+		case <-ctx.Done():
+		}
+	}()
+	err := do(ctx)
+	cancel()
+	<-ended
+	select {
+	case <-m.closed:
+		return errClosed
+	default:
+		return err
+	}
+}
+
 // awaitSource waits for the last checkpoint of a source job:ID@latest that has
 // done its last step and is about to publish it: latest would name an older one.
 func (m *Manager) awaitSource(ctx context.Context, body []byte) error {

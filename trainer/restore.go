@@ -32,7 +32,7 @@ func (j *Job) load(ctx context.Context, base *baseModel, restored bool) (snap *s
 	defer base.close()
 	if base.pull != nil {
 		j.m.log.Info("pulling the base model", "job", j.ID, "source", base.source)
-		if err := base.pull(ctx, base.path); err != nil {
+		if err := j.m.untilClosed(ctx, func(ctx context.Context) error { return base.pull(ctx, base.path) }); err != nil {
 			return nil, fmt.Errorf("pull model.source: %w", err)
 		}
 		base.pull = nil
