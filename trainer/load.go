@@ -179,6 +179,9 @@ func badModel(source string, err error) error {
 		}
 		if len(f.Fields) > 0 { // they say it all: the text would say it twice
 			e.Fields, e.Err = append(e.Fields, f.Fields...), nil
+			if f.Msg != "" {
+				e.Msg += ": " + f.Msg
+			}
 		}
 	}
 	return e
