@@ -202,7 +202,7 @@ func decodeCases(e *env) {
 				prompt := i * c.prompts / c.sequences
 				segments = append(segments, kernels.Segment{
 					Q: int32(i * c.queries), QLen: int32(c.queries), K: int32(i * slot), KLen: int32(max(c.queries, c.own-i%3)),
-					Prefix: int32(prompt * (c.prefix + 1)), PrefixLen: int32(max(0, c.prefix-prompt)),
+					Prefix: int32(prompt * (c.prefix + 1)), PrefixLen: int32(max(0, c.prefix-prompt/2)), // neighbours of equal and of other length
 				})
 			}
 			ref := attention{
