@@ -1,6 +1,7 @@
 """Makes every golden anew: `make goldens`, or `make_goldens.py small trl` for some.
 
-Run from the repository's root. The SmolLM2 goldens need the GGUF (TRAINERD_SMOLLM2).
+The SmolLM2 goldens need the GGUF that `make tools` fetches (or TRAINERD_SMOLLM2),
+about 8 GB of memory and, for the float64 gradient, a minute.
 """
 
 import os
@@ -31,7 +32,8 @@ def main(which):
         small.main(out)
     if "smollm2" in which:
         import smollm2
-        smollm2.main(out, pathlib.Path(os.environ["TRAINERD_SMOLLM2"]))
+        cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache")
+        smollm2.main(out, pathlib.Path(os.environ.get("TRAINERD_SMOLLM2") or cache / "trainerd/smollm2/SmolLM2.gguf"))
 
 
 if __name__ == "__main__":
