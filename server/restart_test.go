@@ -2,6 +2,7 @@ package server_test
 
 import (
 	"context"
+	"os"
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
@@ -154,4 +155,35 @@ func TestGracefulRestart(t *testing.T) {
 	if _, err := c.Sample(ctx, done.ID, client.SampleRequest{Prompts: [][]int32{{1}}}); client.Code(err) != "not_loaded" {
 		t.Errorf("sample of an ended job after a restart: %v", err)
 	}
+}
+
+// TestRestartWithoutTheModel starts a server whose job's base model is not there:
+// the job says so, keeps what it has, and goes on once the model is back.
+func TestRestartWithoutTheModel(t *testing.T) {
+	const n = 2
+	e := servertest.Start(t, servertest.Options{Wrap: described(t)})
+	c, ctx := connect(t, e)
+	j := create(t, c, ctx, e.JobDocument(n, nil))
+	if _, err := c.Submit(ctx, j.ID, servertest.Batch("a", 3, n, 0, 1), ""); err != nil {
+		t.Fatal(err)
+	}
+	await(t, c, ctx, j.ID, "step 1", func(j client.Job) bool { return j.PolicyStep == 1 })
+	e.Stop()
+	if err := os.Rename(e.ModelDir, e.ModelDir+".away"); err != nil {
+		t.Fatal(err)
+	}
+	e.Boot(t)
+	c, ctx = connect(t, e)
+	j = await(t, c, ctx, j.ID, "an error", func(j client.Job) bool { return j.LastError != nil })
+	if j.State != "loading" || j.LastError.Code != "restore_failed" || j.Step != 1 {
+		t.Errorf("job %s at step %d: %+v", j.State, j.Step, j.LastError)
+	}
+	if err := os.Rename(e.ModelDir+".away", e.ModelDir); err != nil {
+		t.Fatal(err)
+	}
+	await(t, c, ctx, j.ID, "the model", func(j client.Job) bool { return j.State == "waiting" })
+	if _, err := c.Flush(ctx, j.ID); err != nil {
+		t.Fatal(err)
+	}
+	await(t, c, ctx, j.ID, "step 2", func(j client.Job) bool { return j.Step == 2 })
 }

@@ -89,8 +89,6 @@ type Manager struct {
 	closing  bool
 	closed   chan struct{}  // closed when Close begins
 	running  sync.WaitGroup // goroutines of jobs
-	kill     context.CancelFunc
-	life     context.Context // of the jobs' goroutines; ended by kill
 }
 
 // NewManager opens the records below DataDir and starts the jobs found there.
@@ -116,13 +114,11 @@ func NewManager(o Options) (*Manager, error) {
 		ckpts: storage.Checkpoints{Blob: o.Store}, decode: make(chan struct{}, limits.Decoders),
 		jobs: map[JobID]*Job{}, reserved: map[JobID]int64{}, closed: make(chan struct{}),
 	}
-	m.life, m.kill = context.WithCancel(context.Background())
 	m.budget = o.Device.Info().MemFree
 	slices.SortFunc(found, func(a, b jobRecord) int { return a.Created.Compare(b.Created) })
 	for _, rec := range found {
 		j, err := m.newJob(rec)
 		if err != nil {
-			m.kill()
 			m.exec.Close()
 			db.close()
 			return nil, err
@@ -138,7 +134,7 @@ func NewManager(o Options) (*Manager, error) {
 // start runs a job's goroutine. base is its opened source, nil to open it again.
 func (m *Manager) start(j *Job, base *baseModel, restored bool) {
 	m.running.Add(1)
-	ctx, cancel := context.WithCancel(m.life)
+	ctx, cancel := context.WithCancel(context.Background())
 	j.kill = cancel
 	go func() {
 		defer m.running.Done()
@@ -378,10 +374,11 @@ func (m *Manager) Close(ctx context.Context) error {
 	case <-ended:
 	case <-ctx.Done():
 		err = fmt.Errorf("stop jobs: %w", ctx.Err())
-		m.kill()
+		for _, j := range m.Jobs() {
+			j.kill()
+		}
 		<-ended
 	}
-	m.kill()
 	jobs := m.Jobs()
 	for _, j := range jobs {
 		j.unload(context.WithoutCancel(ctx))

@@ -27,7 +27,10 @@ func (j *Job) run(ctx context.Context, base *baseModel, restored bool) {
 	}
 	var snap *storage.Manifest
 	err := j.patiently(ctx, func() (err error) {
-		snap, err = j.load(ctx, base, restored)
+		if snap, err = j.load(ctx, base, restored); err != nil && restored && ctx.Err() == nil {
+			// It could be loaded once: what is missing now may come back.
+			err = &fault.Error{Kind: fault.Unavailable, Code: "restore_failed", Msg: "load the job again", Err: err}
+		}
 		return err
 	})
 	if err == nil && restored {
