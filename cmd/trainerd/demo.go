@@ -36,6 +36,7 @@ type demo struct {
 	size                int // G
 	evalPrompts         int
 	evalEvery           int
+	lr                  float64
 	smollm2             string
 
 	client *client.Client
@@ -81,9 +82,10 @@ func newDemo() *cobra.Command {
 	f.Uint64Var(&d.seed, "seed", 1, "seed of weights, alerts and sampling; the same seed gives the same numbers")
 	f.BoolVar(&d.control, "control", false, "shuffle the rewards within each group: nothing must be learned")
 	f.BoolVar(&d.summary, "summary", false, "print only the result")
-	f.IntVar(&d.warmSteps, "warm-steps", 400, "cross_entropy steps of the warm start")
+	f.IntVar(&d.warmSteps, "warm-steps", 220, "cross_entropy steps of the warm start")
 	f.IntVar(&d.warmRows, "warm-rows", 64, "demonstrations per warm-start step")
-	f.IntVar(&d.steps, "steps", 60, "SA-GRPO steps")
+	f.Float64Var(&d.lr, "lr", 3e-4, "learning rate of SA-GRPO")
+	f.IntVar(&d.steps, "steps", 80, "SA-GRPO steps")
 	f.IntVar(&d.groups, "groups", 16, "alerts per step")
 	f.IntVar(&d.size, "group-size", 7, "strategies per alert (G)")
 	f.IntVar(&d.evalPrompts, "eval-prompts", 240, "held-out alerts")
@@ -225,7 +227,7 @@ func (d *demo) createLoop(ctx context.Context, source string) (string, error) {
 		"version": 1, "name": "secloop", "model": map[string]any{"source": source},
 		"objective": map[string]any{"name": "sa_grpo", "group_size": d.size,
 			"reward_weights": map[string]float64{"format": 1, "execution": 1, "evaluation": 1, "penalty": -1}},
-		"optimizer":  map[string]any{"lr": 3e-4, "betas": []float64{0.9, 0.95}, "max_grad_norm": 1.0},
+		"optimizer":  map[string]any{"lr": d.lr, "betas": []float64{0.9, 0.95}, "max_grad_norm": 1.0},
 		"batch":      map[string]any{"groups_per_step": d.groups, "max_tokens_per_micro_batch": 16384, "max_policy_lag": 1},
 		"checkpoint": map[string]any{"publish_every_steps": 1},
 		"max_steps":  d.steps, "seed": d.seed,
