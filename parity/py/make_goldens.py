@@ -1,7 +1,7 @@
 """Makes every golden anew: `make goldens`, or `make_goldens.py small trl` for some.
 
 The SmolLM2 goldens need the GGUF that `make tools` fetches (or TRAINERD_SMOLLM2),
-about 8 GB of memory and, for the float64 gradient, a minute.
+about 8 GB of memory and, for the float64 gradient, two minutes of processor time.
 """
 
 import os
