@@ -1,0 +1,347 @@
+// Attention over segments, backward: the gradients of packed rows q|k|v [T,W] from
+// that of the output, for head size 64 and 128 (FlashAttention-2, arXiv 2307.08691).
+//
+//   p = exp(s·scale - lse)     delta = sum(dout·out)     ds = p·(dout·vᵀ - delta)
+//   dv = pᵀ·dout     dk = scale·dsᵀ·q     dq = scale·ds·k
+//
+// Nothing is added atomically. attention_dkv gives a block of 64 keys of one key
+// head one owner, which walks over all stacked query tiles that see it, in all segments
+// that share it as a prefix; the query heads of the group are rows of those tiles, so
+// their sum is part of the product. Keys that very many tiles see are cut along
+// the queries, into float32 partials that attention_dkv_reduce adds in order.
+// attention_dq has one owner per query tile and walks over its keys. Both compute p
+// anew. In attention_dkv the scores are kept transposed (keys × queries), so that p and
+// ds pass from accumulators to operands in registers.
+//
+// 7 products of 2·hd·pairs FLOPs a query head (dK/dV 4, dQ 3), where the forward
+// pass has 2. At the 0.5b shape, one segment of 8,192 tokens: 421 GFLOP, 0.56 ms at 754
+// TFLOP/s; bytes: about 7 passes over 2·T·W = 19 MB, 44 us.
+#include "attention.cuh"
+
+namespace {
+
+const int kHalf = 32; // score columns that are held at once
+
+// One stage of attention_dkv: a query tile, its output gradients and its rows' numbers.
+template <int D>
+struct QueryStage {
+	bf16 q[kTile * D], dout[kTile * D];
+	float lse[kTile], delta[kTile];
+	int sees[kTile]; // how many of the block's keys the row sees
+};
+
+// Cursor walks over the tiles of a work's ranges.
+struct Cursor {
+	const int *range;
+	int ranges, tile, left, own;
+	TR_INLINE_MEMBER void settle() {
+		while (left == 0 && ranges > 0) {
+			tile = range[0], left = range[1], own = range[2];
+			range += 4, ranges--;
+		}
+	}
+	TR_INLINE_MEMBER bool done() const { return left == 0; }
+	TR_INLINE_MEMBER void next() {
+		tile++, left--;
+		settle();
+	}
+};
+
+template <int D>
+TR_INLINE void attention_dkv(bf16 *dqkv, float *part, const bf16 *qkv, const bf16 *dout, const float *lse, const float *delta, const int *works, const int *ranges,
+                             const int *tiles, int h, int kv, float scale) {
+	TR_DYNAMIC(unsigned char, memory);
+	bf16 *tile_k = reinterpret_cast<bf16 *>(memory), *tile_v = tile_k + kTile * D;
+	QueryStage<D> *stages = reinterpret_cast<QueryStage<D> *>(tile_v + kTile * D);
+	const int *work = works + 8 * blockIdx.x;
+	int key = work[0], keys = work[1], slot = work[4];
+	int head = blockIdx.y, group = h / kv, width = (h + 2 * kv) * D;
+	int warp = threadIdx.x / 32, lane = threadIdx.x % 32, row = warp * 16;
+	bool active = row < keys;
+	Cursor cursor = {ranges + 4 * work[2], work[3], 0, 0, 0};
+	cursor.settle();
+
+	auto load = [&](int s) {
+		Tile t = read_tile(tiles + 8 * cursor.tile);
+		int rows = t.n * group;
+		QueryStage<D> &x = stages[s];
+		load_stacked<D>(x.q, qkv + static_cast<long long>(t.q) * width + head * group * D, width, rows, group);
+		load_stacked<D>(x.dout, dout + static_cast<long long>(t.q) * h * D + head * group * D, h * D, rows, group);
+		int r = threadIdx.x % kTile;
+		bool valid = r < rows;
+		int token = valid ? r / group : 0;
+		long long at = static_cast<long long>(t.q + token) * h + head * group + (valid ? r - token * group : 0);
+		if (threadIdx.x < kTile) {
+			cp_async4(x.lse + r, lse + at, valid);
+			x.sees[r] = !valid ? 0 : cursor.own ? t.seen + token + t.own - key : kTile;
+		} else {
+			cp_async4(x.delta + r, delta + at, valid);
+		}
+		cp_async_commit();
+		cursor.next();
+	};
+	const bf16 *k = qkv + static_cast<long long>(key) * width + (h + head) * D, *v = k + kv * D;
+	load_stacked<D>(tile_k, k, width, keys, 1);
+	load_stacked<D>(tile_v, v, width, keys, 1);
+	bool more = !cursor.done();
+	if (more) load(0);
+	else cp_async_commit();
+
+	float scale2 = scale * kLog2e;
+	int a = row + lane / 4, b = a + 8; // this lane's keys
+	float dk[D / 8][4], dv[D / 8][4];
+#pragma unroll
+	for (int n = 0; n < D / 8; n++)
+#pragma unroll
+		for (int i = 0; i < 4; i++) dk[n][i] = dv[n][i] = 0;
+
+	for (int now = 0; more; now ^= 1) {
+		more = !cursor.done();
+		if (more) load(now ^ 1);
+		else cp_async_commit();
+		cp_async_wait<1>();
+		__syncthreads();
+		if (active) {
+			QueryStage<D> &x = stages[now];
+#pragma unroll 1
+			for (int half = 0; half < kTile; half += kHalf) {
+				float s[4][4], dp[4][4];
+#pragma unroll
+				for (int n = 0; n < 4; n++)
+#pragma unroll
+					for (int i = 0; i < 4; i++) s[n][i] = dp[n][i] = 0;
+#pragma unroll
+				for (int d = 0; d < D / 16; d++) {
+					unsigned fk[4], fv[4], fb[4];
+					a_fragment<D>(fk, tile_k, row, d);
+					a_fragment<D>(fv, tile_v, row, d);
+#pragma unroll
+					for (int n = 0; n < 2; n++) {
+						b_fragment<D>(fb, x.q, half + n * 16, d);
+						mma16816(s[2 * n], fk, fb[0], fb[1]);
+						mma16816(s[2 * n + 1], fk, fb[2], fb[3]);
+						b_fragment<D>(fb, x.dout, half + n * 16, d);
+						mma16816(dp[2 * n], fv, fb[0], fb[1]);
+						mma16816(dp[2 * n + 1], fv, fb[2], fb[3]);
+					}
+				}
+#pragma unroll
+				for (int n = 0; n < 4; n++) {
+#pragma unroll
+					for (int i = 0; i < 2; i++) {
+						int query = half + n * 8 + lane % 4 * 2 + i, sees = x.sees[query];
+						float l = x.lse[query] * kLog2e, e = x.delta[query];
+						float pa = a < sees ? fast_exp2(fmaf(s[n][i], scale2, -l)) : 0.0f;
+						float pb = b < sees ? fast_exp2(fmaf(s[n][i + 2], scale2, -l)) : 0.0f;
+						s[n][i] = pa, s[n][i + 2] = pb;
+						// A key that is not seen adds exactly 0, whatever stands in dp.
+						dp[n][i] = a < sees ? pa * (dp[n][i] - e) : 0.0f;
+						dp[n][i + 2] = b < sees ? pb * (dp[n][i + 2] - e) : 0.0f;
+					}
+				}
+#pragma unroll
+				for (int n = 0; n < 2; n++) {
+					unsigned fp[4], fs[4], fb[4];
+					pack_a(fp, s[2 * n], s[2 * n + 1]);
+					pack_a(fs, dp[2 * n], dp[2 * n + 1]);
+#pragma unroll
+					for (int d = 0; d < D / 16; d++) {
+						b_fragment_trans<D>(fb, x.dout, half + n * 16, d);
+						mma16816(dv[2 * d], fp, fb[0], fb[1]);
+						mma16816(dv[2 * d + 1], fp, fb[2], fb[3]);
+						b_fragment_trans<D>(fb, x.q, half + n * 16, d);
+						mma16816(dk[2 * d], fs, fb[0], fb[1]);
+						mma16816(dk[2 * d + 1], fs, fb[2], fb[3]);
+					}
+				}
+			}
+		}
+		__syncthreads();
+	}
+	cp_async_wait<0>();
+	__syncthreads();
+	if (!active) return;
+
+	if (slot >= 0) {
+		float *pk = part + (static_cast<long long>(slot) * kv + head) * 2 * kTile * D, *pv = pk + kTile * D;
+#pragma unroll
+		for (int n = 0; n < D / 8; n++) {
+			int column = n * 8 + lane % 4 * 2;
+			*reinterpret_cast<float2 *>(pk + a * D + column) = make_float2(dk[n][0] * scale, dk[n][1] * scale);
+			*reinterpret_cast<float2 *>(pk + b * D + column) = make_float2(dk[n][2] * scale, dk[n][3] * scale);
+			*reinterpret_cast<float2 *>(pv + a * D + column) = make_float2(dv[n][0], dv[n][1]);
+			*reinterpret_cast<float2 *>(pv + b * D + column) = make_float2(dv[n][2], dv[n][3]);
+		}
+		return;
+	}
+	// The rows of K and V that only this warp read take its gradients.
+	stage<D>(tile_k, row, dk, scale, scale);
+	stage<D>(tile_v, row, dv, 1.0f, 1.0f);
+	__syncwarp();
+	bf16 *o = dqkv + static_cast<long long>(key) * width + (h + head) * D;
+	store_stacked<D>(o, width, tile_k, row, keys, 1);
+	store_stacked<D>(o + kv * D, width, tile_v, row, keys, 1);
+}
+
+template <int D>
+TR_INLINE void attention_dq(bf16 *dqkv, const bf16 *qkv, const bf16 *dout, const float *lse, const float *delta, const int *tiles, const int *order, int h, int kv,
+                            float scale) {
+	TR_DYNAMIC(bf16, memory);
+	bf16 *tile_q = memory, *tile_dout = memory + kTile * D, *tiles_k = memory + 2 * kTile * D, *tiles_v = memory + 4 * kTile * D;
+	Tile t = read_tile(tiles + 8 * order[blockIdx.x]);
+	int head = blockIdx.y, group = h / kv, rows = t.n * group, width = (h + 2 * kv) * D;
+	int warp = threadIdx.x / 32, lane = threadIdx.x % 32, row = warp * 16, to = visible(t, t.n - 1);
+	bool active = row < rows;
+
+	const bf16 *k = qkv + (h + head) * D;
+	auto load = [&](int s, int c) {
+		const bf16 *own = k + static_cast<long long>(t.own) * width, *pre = k + static_cast<long long>(t.prefix) * width;
+		load_keys<D>(tiles_k + s * kTile * D, pre, width, t.prefix_len, own, width, c, to);
+		load_keys<D>(tiles_v + s * kTile * D, pre + kv * D, width, t.prefix_len, own + kv * D, width, c, to);
+		cp_async_commit();
+	};
+	load_stacked<D>(tile_q, qkv + static_cast<long long>(t.q) * width + head * group * D, width, rows, group);
+	load_stacked<D>(tile_dout, dout + static_cast<long long>(t.q) * h * D + head * group * D, h * D, rows, group);
+	if (to > 0) load(0, 0);
+	else cp_async_commit();
+
+	int a = row + lane / 4, b = a + 8;
+	int sees_a = imin(to, visible(t, a / group)), sees_b = imin(to, visible(t, b / group)), all_see = imin(to, visible(t, 0));
+	float lse_a = 0, lse_b = 0, delta_a = 0, delta_b = 0;
+	if (a < rows) {
+		long long at = static_cast<long long>(t.q + a / group) * h + head * group + a % group;
+		lse_a = lse[at] * kLog2e, delta_a = delta[at];
+	}
+	if (b < rows) {
+		long long at = static_cast<long long>(t.q + b / group) * h + head * group + b % group;
+		lse_b = lse[at] * kLog2e, delta_b = delta[at];
+	}
+	float scale2 = scale * kLog2e;
+	float dq[D / 8][4];
+#pragma unroll
+	for (int n = 0; n < D / 8; n++)
+#pragma unroll
+		for (int i = 0; i < 4; i++) dq[n][i] = 0;
+	unsigned fq[D / 16][4], fo[D / 16][4];
+
+	int now = 0;
+	for (int c = 0; c < to; c += kTile) {
+		if (c + kTile < to) load(now ^ 1, c + kTile);
+		else cp_async_commit();
+		cp_async_wait<1>();
+		__syncthreads();
+		if (active) {
+			bf16 *tile_k = tiles_k + now * kTile * D, *tile_v = tiles_v + now * kTile * D;
+			if (c == 0) {
+#pragma unroll
+				for (int d = 0; d < D / 16; d++) a_fragment<D>(fq[d], tile_q, row, d), a_fragment<D>(fo[d], tile_dout, row, d);
+			}
+			bool masked = c + kTile > all_see;
+#pragma unroll 1
+			for (int half = 0; half < kTile; half += kHalf) {
+				float s[4][4], dp[4][4];
+#pragma unroll
+				for (int n = 0; n < 4; n++)
+#pragma unroll
+					for (int i = 0; i < 4; i++) s[n][i] = dp[n][i] = 0;
+#pragma unroll
+				for (int d = 0; d < D / 16; d++) {
+#pragma unroll
+					for (int n = 0; n < 2; n++) {
+						unsigned fb[4];
+						b_fragment<D>(fb, tile_k, half + n * 16, d);
+						mma16816(s[2 * n], fq[d], fb[0], fb[1]);
+						mma16816(s[2 * n + 1], fq[d], fb[2], fb[3]);
+						b_fragment<D>(fb, tile_v, half + n * 16, d);
+						mma16816(dp[2 * n], fo[d], fb[0], fb[1]);
+						mma16816(dp[2 * n + 1], fo[d], fb[2], fb[3]);
+					}
+				}
+#pragma unroll
+				for (int n = 0; n < 4; n++) {
+#pragma unroll
+					for (int i = 0; i < 2; i++) {
+						int key = c + half + n * 8 + lane % 4 * 2 + i;
+						float pa = fast_exp2(fmaf(s[n][i], scale2, -lse_a)) * (dp[n][i] - delta_a);
+						float pb = fast_exp2(fmaf(s[n][i + 2], scale2, -lse_b)) * (dp[n][i + 2] - delta_b);
+						dp[n][i] = masked && key >= sees_a ? 0.0f : pa;
+						dp[n][i + 2] = masked && key >= sees_b ? 0.0f : pb;
+					}
+				}
+#pragma unroll
+				for (int n = 0; n < 2; n++) {
+					unsigned fs[4], fb[4];
+					pack_a(fs, dp[2 * n], dp[2 * n + 1]);
+#pragma unroll
+					for (int d = 0; d < D / 16; d++) {
+						b_fragment_trans<D>(fb, tile_k, half + n * 16, d);
+						mma16816(dq[2 * d], fs, fb[0], fb[1]);
+						mma16816(dq[2 * d + 1], fs, fb[2], fb[3]);
+					}
+				}
+			}
+		}
+		__syncthreads();
+		now ^= 1;
+	}
+	cp_async_wait<0>();
+	__syncthreads();
+	if (!active) return;
+	stage<D>(tile_q, row, dq, scale, scale);
+	__syncwarp();
+	store_stacked<D>(dqkv + static_cast<long long>(t.q) * width + head * group * D, width, tile_q, row, rows, group);
+}
+
+} // namespace
+
+// delta[i] = sum(dout·out) of row i of hd elements; 8 lanes a row.
+extern "C" __global__ void __launch_bounds__(128) attention_delta(float *delta, const bf16 *dout, const bf16 *out, long long rows, int hd) {
+	long long row = static_cast<long long>(blockIdx.x) * 16 + threadIdx.x / 8;
+	bool vec = hd % 8 == 0 && aligned16(dout) && aligned16(out);
+	float sum = 0;
+	if (row < rows) {
+		for (int i = threadIdx.x % 8 * 8; i < hd; i += 64) {
+			float x[8], y[8];
+			load8(x, dout + row * hd + i, hd - i, vec);
+			load8(y, out + row * hd + i, hd - i, vec);
+#pragma unroll
+			for (int j = 0; j < 8; j++) sum += x[j] * y[j];
+		}
+	}
+	sum += __shfl_xor_sync(kAllLanes, sum, 4);
+	sum += __shfl_xor_sync(kAllLanes, sum, 2);
+	sum += __shfl_xor_sync(kAllLanes, sum, 1);
+	if (row < rows && threadIdx.x % 8 == 0) delta[row] = sum;
+}
+
+extern "C" __global__ void __launch_bounds__(128)
+	attention_dkv_64(bf16 *dqkv, float *part, const bf16 *qkv, const bf16 *dout, const float *lse, const float *delta, const int *works, const int *ranges,
+                     const int *tiles, int h, int kv, float scale) {
+	attention_dkv<64>(dqkv, part, qkv, dout, lse, delta, works, ranges, tiles, h, kv, scale);
+}
+extern "C" __global__ void __launch_bounds__(128)
+	attention_dkv_128(bf16 *dqkv, float *part, const bf16 *qkv, const bf16 *dout, const float *lse, const float *delta, const int *works, const int *ranges,
+                      const int *tiles, int h, int kv, float scale) {
+	attention_dkv<128>(dqkv, part, qkv, dout, lse, delta, works, ranges, tiles, h, kv, scale);
+}
+
+extern "C" __global__ void __launch_bounds__(256) attention_dkv_reduce(bf16 *dqkv, const float *part, const int *splits, int h, int kv, int hd) {
+	const int *s = splits + 4 * blockIdx.x;
+	int key = s[0], keys = s[1], slot = s[2], slots = s[3], head = blockIdx.y;
+	long long width = static_cast<long long>(h + 2 * kv) * hd, size = static_cast<long long>(kTile) * hd;
+	for (int i = threadIdx.x; i < 2 * keys * hd; i += blockDim.x) {
+		int which = i >= keys * hd, at = i - which * keys * hd;
+		float sum = 0;
+		for (int p = 0; p < slots; p++) sum += part[((static_cast<long long>(slot + p) * kv + head) * 2 + which) * size + at];
+		dqkv[(key + at / hd) * width + (h + which * kv + head) * hd + at % hd] = float_bf16(sum);
+	}
+}
+
+extern "C" __global__ void __launch_bounds__(128) attention_dq_64(bf16 *dqkv, const bf16 *qkv, const bf16 *dout, const float *lse, const float *delta,
+                                                                  const int *tiles, const int *order, int h, int kv, float scale) {
+	attention_dq<64>(dqkv, qkv, dout, lse, delta, tiles, order, h, kv, scale);
+}
+extern "C" __global__ void __launch_bounds__(128) attention_dq_128(bf16 *dqkv, const bf16 *qkv, const bf16 *dout, const float *lse, const float *delta,
+                                                                   const int *tiles, const int *order, int h, int kv, float scale) {
+	attention_dq<128>(dqkv, qkv, dout, lse, delta, tiles, order, h, kv, scale);
+}

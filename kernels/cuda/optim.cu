@@ -1,0 +1,143 @@
+// The optimizer over flat buffers: sum of squares in float64, the clip coefficient
+// and AdamW (Loshchilov & Hutter 2019, as in PyTorch: p -= lr·wd·p, then the update).
+//
+// A bf16 weight has an exact float32 master: the weight holds its upper half,
+// rounded half up, and a signed 16-bit remainder the rest. No update is lost.
+//
+// For 494 million parameters (0.5b) at 3.0 TB/s: sum of squares 4 (float32) or 2
+// bytes an element, 0.66 or 0.33 ms; AdamW 2·(2+2+4+4)+4 = 28 bytes (26 with bf16
+// gradients), 4.6 ms (4.3 ms).
+#include "common.cuh"
+
+namespace {
+
+template <class T>
+TR_INLINE void sum_squares_partial(double *part, const T *x, long long n) {
+	bool aligned = aligned16(x);
+	long long step = static_cast<long long>(gridDim.x) * blockDim.x;
+	double sum = 0;
+	for (long long c = static_cast<long long>(blockIdx.x) * blockDim.x + threadIdx.x; c * 8 < n; c += step) {
+		long long left = n - c * 8;
+		float v[8];
+		load8(v, x + c * 8, left < 8 ? static_cast<int>(left) : 8, aligned && left >= 8);
+#pragma unroll
+		for (int j = 0; j < 8; j++) sum += static_cast<double>(v[j]) * v[j];
+	}
+	sum = block_sum(sum);
+	if (threadIdx.x == 0) part[blockIdx.x] = sum;
+}
+
+struct Adam {
+	float grad, decay, beta1, alpha1, beta2, alpha2, step_size, inv_bias2, eps;
+};
+
+TR_INLINE float adam(const Adam &c, float p, float g, float &m, float &v) {
+	g *= c.grad;
+	m = c.beta1 * m + c.alpha1 * g;
+	v = c.beta2 * v + c.alpha2 * g * g;
+	return c.decay * p - c.step_size * m / (sqrtf(v) * c.inv_bias2 + c.eps);
+}
+
+TR_INLINE bool finite(float x) { return (__float_as_uint(x) & 0x7f800000u) != 0x7f800000u; }
+
+template <class G>
+TR_INLINE void adamw_bf16(bf16 *p, short *rem, const G *g, float *m, float *v, long long n, const Adam &c) {
+	bool aligned = aligned16(p) && aligned16(rem) && aligned16(g) && aligned16(m) && aligned16(v);
+	long long step = static_cast<long long>(gridDim.x) * blockDim.x;
+	for (long long i = static_cast<long long>(blockIdx.x) * blockDim.x + threadIdx.x; i * 8 < n; i += step) {
+		long long at = i * 8, rest = n - at;
+		int left = rest < 8 ? static_cast<int>(rest) : 8;
+		bool vec = aligned && rest >= 8;
+		float gv[8], mv[8], vv[8];
+		unsigned high[8], low[8];
+		load8(gv, g + at, left, vec);
+		load8(mv, m + at, left, vec);
+		load8(vv, v + at, left, vec);
+		if (vec) {
+			uint4 a = *reinterpret_cast<const uint4 *>(p + at), b = *reinterpret_cast<const uint4 *>(rem + at);
+			unsigned aw[4] = {a.x, a.y, a.z, a.w}, bw[4] = {b.x, b.y, b.z, b.w};
+#pragma unroll
+			for (int j = 0; j < 8; j++) high[j] = aw[j / 2] >> (j % 2 * 16) & 0xffffu, low[j] = bw[j / 2] >> (j % 2 * 16) & 0xffffu;
+		} else {
+#pragma unroll
+			for (int j = 0; j < 8; j++) high[j] = j < left ? p[at + j] : 0, low[j] = j < left ? static_cast<unsigned short>(rem[at + j]) : 0;
+		}
+#pragma unroll
+		for (int j = 0; j < 8; j++) {
+			int signed_low = static_cast<int>(low[j] << 16) >> 16;
+			float x = adam(c, __uint_as_float((high[j] << 16) + static_cast<unsigned>(signed_low)), gv[j], mv[j], vv[j]);
+			unsigned bits = __float_as_uint(x);
+			high[j] = (bits + 0x8000u) >> 16 & 0xffffu;
+			low[j] = (bits - (high[j] << 16)) & 0xffffu;
+		}
+		store8(m + at, mv, left, vec);
+		store8(v + at, vv, left, vec);
+		if (vec) {
+			uint4 a = {high[0] | high[1] << 16, high[2] | high[3] << 16, high[4] | high[5] << 16, high[6] | high[7] << 16};
+			uint4 b = {low[0] | low[1] << 16, low[2] | low[3] << 16, low[4] | low[5] << 16, low[6] | low[7] << 16};
+			*reinterpret_cast<uint4 *>(p + at) = a;
+			*reinterpret_cast<uint4 *>(rem + at) = b;
+		} else {
+#pragma unroll
+			for (int j = 0; j < 8; j++)
+				if (j < left) p[at + j] = static_cast<bf16>(high[j]), rem[at + j] = static_cast<short>(low[j]);
+		}
+	}
+}
+
+} // namespace
+
+extern "C" __global__ void __launch_bounds__(256) sum_squares_partial_f32(double *part, const float *x, long long n) { sum_squares_partial(part, x, n); }
+extern "C" __global__ void __launch_bounds__(256) sum_squares_partial_bf16(double *part, const bf16 *x, long long n) { sum_squares_partial(part, x, n); }
+
+// One warp: lane l takes parts l, l+32, ...
+extern "C" __global__ void __launch_bounds__(32) sum_squares_finish(float *out, const double *part, int parts) {
+	double sum = 0;
+	for (int i = threadIdx.x; i < parts; i += 32) sum += part[i];
+	sum = warp_sum(sum);
+	if (threadIdx.x == 0) out[0] = static_cast<float>(out[0] + sum);
+}
+
+extern "C" __global__ void __launch_bounds__(32) clip_coef(float *coef, const float *sumsq, float scale, float max_norm) {
+	if (threadIdx.x != 0) return;
+	double norm = scale * sqrt(static_cast<double>(sumsq[0])), c = scale;
+	if (max_norm > 0.0f) {
+		double shrink = max_norm / (norm + 1e-6);
+		c *= shrink < 1.0 ? shrink : 1.0;
+	}
+	bool good = norm - norm == 0.0 && scale - scale == 0.0f; // finite
+	coef[0] = good ? static_cast<float>(c) : __uint_as_float(0x7fc00000u);
+}
+
+extern "C" __global__ void __launch_bounds__(256) adamw_bf16_gf32(bf16 *p, short *rem, const float *g, float *m, float *v, const float *coef, long long n, float decay,
+                                                                 float beta1, float alpha1, float beta2, float alpha2, float step_size, float inv_bias2, float eps) {
+	Adam c = {coef[0], decay, beta1, alpha1, beta2, alpha2, step_size, inv_bias2, eps};
+	if (finite(c.grad)) adamw_bf16(p, rem, g, m, v, n, c);
+}
+extern "C" __global__ void __launch_bounds__(256) adamw_bf16_gbf16(bf16 *p, short *rem, const bf16 *g, float *m, float *v, const float *coef, long long n, float decay,
+                                                                  float beta1, float alpha1, float beta2, float alpha2, float step_size, float inv_bias2, float eps) {
+	Adam c = {coef[0], decay, beta1, alpha1, beta2, alpha2, step_size, inv_bias2, eps};
+	if (finite(c.grad)) adamw_bf16(p, rem, g, m, v, n, c);
+}
+extern "C" __global__ void __launch_bounds__(256) adamw_f32_gf32(float *p, const float *g, float *m, float *v, const float *coef, long long n, float decay, float beta1,
+                                                                float alpha1, float beta2, float alpha2, float step_size, float inv_bias2, float eps) {
+	Adam c = {coef[0], decay, beta1, alpha1, beta2, alpha2, step_size, inv_bias2, eps};
+	if (!finite(c.grad)) return;
+	bool aligned = aligned16(p) && aligned16(g) && aligned16(m) && aligned16(v);
+	long long step = static_cast<long long>(gridDim.x) * blockDim.x;
+	for (long long i = static_cast<long long>(blockIdx.x) * blockDim.x + threadIdx.x; i * 8 < n; i += step) {
+		long long at = i * 8, rest = n - at;
+		int left = rest < 8 ? static_cast<int>(rest) : 8;
+		bool vec = aligned && rest >= 8;
+		float pv[8], gv[8], mv[8], vv[8];
+		load8(pv, p + at, left, vec);
+		load8(gv, g + at, left, vec);
+		load8(mv, m + at, left, vec);
+		load8(vv, v + at, left, vec);
+#pragma unroll
+		for (int j = 0; j < 8; j++) pv[j] = adam(c, pv[j], gv[j], mv[j], vv[j]);
+		store8(p + at, pv, left, vec);
+		store8(m + at, mv, left, vec);
+		store8(v + at, vv, left, vec);
+	}
+}
