@@ -36,8 +36,9 @@ test-parity: $(SMOLLM2) ## against goldens made by PyTorch; needs no PyTorch
 test-minio: $(CACHE)/bin/minio ## the storage suite on a real MinIO server
 	TRAINERD_MINIO=$(CACHE)/bin/minio CGO_ENABLED=0 $(GO) test -tags minio -timeout 10m ./storage/...
 
-test-interop: build venv ## transformers loads what trainerd published, and agrees
-	parity/interop.sh bin/trainerd $(PY)
+test-interop: build venv $(SMOLLM2) ## transformers loads what trainerd published, and agrees
+	TRAINERD_SMOLLM2=$(SMOLLM2) parity/interop.sh bin/trainerd $(PY)
+	TRAINERD_PYTHON=$(PY) CGO_ENABLED=0 $(GO) test -tags interop -count=1 -run Pyarrow ./rollout/arrowio
 
 test-readme: build venv ## runs the Python snippet of README.md against a server
 	bench/readme.sh bin/trainerd $(PY)
@@ -64,13 +65,14 @@ demo-seeds: build ## three seeds of both
 demo-smollm2: build $(SMOLLM2) ## three SA-GRPO steps on SmolLM2-135M-Instruct
 	bin/trainerd demo --smollm2 $(SMOLLM2)
 
-goldens: venv ## makes parity/testdata anew (PyTorch)
-	$(PY) parity/py/make_goldens.py
+goldens: venv $(SMOLLM2) ## makes parity/testdata anew (PyTorch)
+	TRAINERD_SMOLLM2=$(SMOLLM2) $(PY) parity/py/make_goldens.py
+	$(PY) sagrpo/testdata/trl_goldens.py
 
 fuzz: ## every decoder for a while
 	for p in $$(grep -rl --include='*_test.go' 'func Fuzz' . | xargs -n1 dirname | sort -u); do \
 	  for f in $$(grep -h -o --include='*_test.go' 'func Fuzz[A-Za-z0-9]*' -r $$p --exclude-dir='?*/*' | awk '{print $$2}' | sort -u); do \
-	    $(GO) test $$p -run '^$$' -fuzz "^$$f$$" -fuzztime $${FUZZTIME:-20s} || exit 1; done; done
+	    $(GO) test $$p -run '^$$' -fuzz "^$$f$$" -fuzztime $${FUZZTIME:-20s} -fuzzminimizetime 10x || exit 1; done; done
 
 tools: $(CACHE)/bin/minio venv $(SMOLLM2) ## everything the heavier suites use
 
