@@ -1,0 +1,110 @@
+// optim.cu and advantages.cu.
+#include "check.h"
+
+#include <array>
+
+TEST(sum_squares_and_clip) {
+	for (int n : {1, 13, 8192, 20001}) {
+		auto x = normals<float>(c, n, 3);
+		std::vector<bf16> y(n);
+		double want = 2.5, want16 = 0;
+		for (int i = 0; i < n; i++) y[i] = to_bf16(x[i]), want += double(x[i]) * x[i], want16 += widen(y[i]) * widen(y[i]);
+		int parts = clamp(int(up(n, 8192)), 1, 1056);
+		Buf<double> part(parts), part16(parts);
+		Buf<float> fx(x), out(std::vector<float>{2.5f}), out16(std::vector<float>{0}), coef(1);
+		Buf<bf16> bx(y);
+		run(c, {part, part16, out, out16, coef}, [&] {
+			emu::launch(d3(parts), d3(256), 0, [&] { sum_squares_partial_f32(part, fx, n); });
+			emu::launch(d3(1), d3(32), 0, [&] { sum_squares_finish(out, part, parts); });
+			emu::launch(d3(parts), d3(256), 0, [&] { sum_squares_partial_bf16(part16, bx, n); });
+			emu::launch(d3(1), d3(32), 0, [&] { sum_squares_finish(out16, part16, parts); });
+			emu::launch(d3(1), d3(32), 0, [&] { clip_coef(coef, out, 0.5f, 1.0f); });
+		});
+		c.near("sum", 0, out[0], want, kU32 * want);
+		c.near("sum bf16", 0, out16[0], want16, kU32 * want16);
+		c.near("coefficient", 0, coef[0], 0.5 * std::min(1.0, 1 / (0.5 * sqrt(want) + 1e-6)), 2 * kU32);
+	}
+	const double nan = NAN, inf = INFINITY;
+	for (auto s : {std::array<double, 4>{4, 1, 0, 1}, {4, 0.5, 0, 0.5}, {4, 1, 10, 1}, {0, 1, 1, 1}, {nan, 1, 1, nan}, {inf, 1, 1, nan}, {inf, 1, 0, nan}, {1, nan, 1, nan}}) {
+		Buf<float> coef(1), sum(std::vector<float>{float(s[0])});
+		run(c, {coef}, [&] { emu::launch(d3(1), d3(32), 0, [&] { clip_coef(coef, sum, float(s[1]), float(s[2])); }); });
+		c.equal("coefficient", 0, coef[0], s[3]);
+	}
+}
+
+TEST(adamw) {
+	const double lr = 1e-2, b1 = 0.9, b2 = 0.95, eps = 1e-8, wd = 0.1;
+	for (int n : {1, 19, 3000}) {
+		for (int step : {1, 1000}) {
+			for (double coef : {0.25, double(NAN), double(INFINITY)}) {
+				auto p = normals<float>(c, n), m = normals<float>(c, n, 0.1), v = normals<float>(c, n, 0.01);
+				auto g16 = normals<bf16>(c, n, 0.1);
+				std::vector<float> g(n);
+				for (int i = 0; i < n; i++) {
+					v[i] *= v[i];
+					if (i % 11 == 0) g16[i] = 0, m[i] = v[i] = 0;
+					g[i] = float(widen(g16[i]));
+				}
+				Buf<float> fp(p), fm(m), fv(v), fg(g), m1(m), v1(v), m2(m), v2(v), master1(n), master2(n), cf(std::vector<float>{float(coef)}), start(p);
+				Buf<bf16> p1(n), p2(n), bg(g16);
+				Buf<short> r1(n), r2(n);
+				auto grid = d3(up(n, 2048));
+				float s[8] = {float(1 - lr * wd), float(b1), float(1 - b1), float(b2), float(1 - b2), float(lr / (1 - pow(b1, step))), float(1 / sqrt(1 - pow(b2, step))), float(eps)};
+				run(c, {fp, fm, fv, p1, r1, m1, v1, p2, r2, m2, v2, master1, master2}, [&] {
+					emu::launch(grid, d3(256), 0, [&] { split_master(p1, r1, start, n); });
+					emu::launch(grid, d3(256), 0, [&] { split_master(p2, r2, start, n); });
+					emu::launch(grid, d3(256), 0, [&] { adamw_f32_gf32(fp, fg, fm, fv, cf, n, s[0], s[1], s[2], s[3], s[4], s[5], s[6], s[7]); });
+					emu::launch(grid, d3(256), 0, [&] { adamw_bf16_gf32(p1, r1, fg, m1, v1, cf, n, s[0], s[1], s[2], s[3], s[4], s[5], s[6], s[7]); });
+					emu::launch(grid, d3(256), 0, [&] { adamw_bf16_gbf16(p2, r2, bg, m2, v2, cf, n, s[0], s[1], s[2], s[3], s[4], s[5], s[6], s[7]); });
+					emu::launch(grid, d3(256), 0, [&] { join_master(master1, p1, r1, n); });
+					emu::launch(grid, d3(256), 0, [&] { join_master(master2, p2, r2, n); });
+				});
+				bool moves = coef == 0.25;
+				for (int i = 0; i < n; i++) {
+					double gi = g[i] * coef, mi = b1 * m[i] + (1 - b1) * gi, vi = b2 * v[i] + (1 - b2) * gi * gi;
+					double root = sqrt(vi / (1 - pow(b2, step))) + eps, update = lr * mi / (1 - pow(b1, step)) / root;
+					double want = moves ? p[i] * (1 - lr * wd) - update : p[i], mag = b1 * std::abs(m[i]) + (1 - b1) * std::abs(gi);
+					// a dozen roundings of the update, four of the weight
+					c.near("weight", i, fp[i], want, moves ? 4 * kU32 * std::abs(p[i]) + 24 * kU32 * lr * mag / (1 - pow(b1, step)) / root : 0);
+					c.near("m", i, fm[i], moves ? mi : m[i], moves ? 6 * kU32 * mag : 0);
+					c.near("v", i, fv[i], moves ? vi : v[i], moves ? 8 * kU32 * vi : 0);
+					// The master is exact: the same bits as the float32 weight.
+					c.equal("master, float32 gradient", i, master1[i], fp[i]);
+					c.equal("master, bf16 gradient", i, master2[i], fp[i]);
+					c.equal("m of bf16", i, m2[i], fm[i]);
+				}
+			}
+		}
+	}
+}
+
+TEST(advantages) {
+	for (auto sizes : std::vector<std::vector<int>>{{1}, {7}, {0, 3, 0}, {7, 7, 7, 7}, {2, 100, 33}}) {
+		for (int std : {0, 1}) {
+			std::vector<int> start = {0};
+			std::vector<double> r;
+			for (int n : sizes) {
+				for (int i = 0; i < n; i++) r.push_back(c.normal() + 3);
+				start.push_back(int(r.size()));
+			}
+			int groups = int(sizes.size());
+			Buf<double> out(r.size()), in(r);
+			Buf<int> st(start);
+			run(c, {out}, [&] { emu::launch(d3(up(groups, 4)), d3(128), 0, [&] { group_advantages(out, in, st, groups, std); }); });
+			for (int g = 0; g < groups; g++) {
+				double n = start[g + 1] - start[g], mean = 0, square = 0;
+				for (int i = start[g]; i < start[g + 1]; i++) mean += r[i] / n;
+				for (int i = start[g]; i < start[g + 1]; i++) square += (r[i] - mean) * (r[i] - mean);
+				for (int i = start[g]; i < start[g + 1]; i++)
+					c.near("advantage", i, out[i], (r[i] - mean) / (std ? sqrt(square / std::max(n - 1, 1.0)) + 1e-4 : 1), std ? 1e-10 : 1e-13);
+			}
+		}
+	}
+	double common = c.normal() * 1e6;
+	for (int std : {0, 1}) {
+		Buf<double> out(7), in(std::vector<double>(7, common));
+		Buf<int> st(std::vector<int>{0, 7});
+		run(c, {out}, [&] { emu::launch(d3(1), d3(128), 0, [&] { group_advantages(out, in, st, 1, std); }); });
+		for (int i = 0; i < 7; i++) c.equal("equal rewards", i, out[i], 0);
+	}
+}
