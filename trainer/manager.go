@@ -67,6 +67,7 @@ type Options struct {
 	OpenStore func(ctx context.Context, url string) (storage.Blob, error)
 	Logger    *slog.Logger // nil: none
 	Version   string       // of trainerd, written to manifests
+	PeakFLOPS float64      // of the device, for the metric "mfu"; 0: not reported
 	Limits    Limits
 }
 

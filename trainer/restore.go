@@ -149,7 +149,9 @@ func (j *Job) place(ctx context.Context, base *baseModel, snap *storage.Manifest
 			}
 			j.weights = snap.Step
 		}
-		if j.engine, err = sagrpo.NewEngine(j.model, j.spec.settings()); err != nil {
+		set := j.spec.settings()
+		set.PeakFLOPS = j.m.opts.PeakFLOPS
+		if j.engine, err = sagrpo.NewEngine(j.model, set); err != nil {
 			return err
 		}
 		j.base = base

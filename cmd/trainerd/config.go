@@ -9,6 +9,7 @@ import (
 	"net/http"
 	"os"
 	"reflect"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -27,22 +28,28 @@ type Config struct {
 	Listen   string `json:"listen" help:"address to listen on; port 0 picks one"`
 	Data     string `json:"data" help:"directory of the database and the spools"`
 	Device   string `json:"device" help:"cpu, cuda:N or auto"`
-	Workers  int    `json:"workers" help:"CPU workers; 0: one per core"`
+	Workers  int    `json:"workers" help:"workers of the CPU device; 0: one per core"`
 	Store    string `json:"store" help:"checkpoints go to dir:PATH or s3://bucket/prefix; empty: dir:DATA/store"`
 	Insecure bool   `json:"insecure" help:"serve beyond loopback although there is no authentication"`
 
-	S3Endpoint  string `json:"s3_endpoint" help:"host:port or URL of the object store"`
-	S3Region    string `json:"s3_region" help:"region of the object store"`
-	S3PathStyle bool   `json:"s3_path_style" help:"address buckets as path elements"`
-	S3AccessKey string `json:"s3_access_key" help:"access key; better by environment" secret:"true"`
-	S3SecretKey string `json:"s3_secret_key" help:"secret key; better by environment" secret:"true"`
+	ObjectStore
 
 	MaxBodyBytes   int64    `json:"max_body_bytes" help:"largest request body, and largest decompressed batch"`
 	MaxBatchRows   int      `json:"max_batch_rows" help:"most rollouts of one batch"`
 	MaxBatchTokens int64    `json:"max_batch_tokens" help:"most tokens of one batch, prompts counted per row"`
 	MaxQueueRows   int      `json:"max_queue_rows" help:"most rollouts a job may have queued before it answers 429"`
 	MaxQueueTokens int64    `json:"max_queue_tokens" help:"most tokens a job may have queued before it answers 429"`
+	PeakTFLOPS     float64  `json:"peak_tflops" help:"peak arithmetic of the device in TFLOP/s, which the metric mfu is a share of; 0: no mfu"`
 	Shutdown       Duration `json:"shutdown" help:"how long a graceful stop may take"`
+}
+
+// ObjectStore says how to reach s3:// locations, in every command that takes one.
+type ObjectStore struct {
+	S3Endpoint  string `json:"s3_endpoint" help:"host:port or URL of the object store"`
+	S3Region    string `json:"s3_region" help:"region of the object store"`
+	S3PathStyle bool   `json:"s3_path_style" help:"address buckets as path elements"`
+	S3AccessKey string `json:"s3_access_key" help:"access key; better by environment" secret:"true"`
+	S3SecretKey string `json:"s3_secret_key" help:"secret key; better by environment" secret:"true"`
 }
 
 // Duration is a time.Duration written as text ("30s") in files.
@@ -62,7 +69,7 @@ func (d Duration) MarshalText() ([]byte, error) { return []byte(time.Duration(d)
 func DefaultConfig() Config {
 	return Config{
 		Listen: "127.0.0.1:8080", Data: "trainerd-data", Device: "auto",
-		S3PathStyle:  true,
+		ObjectStore:  ObjectStore{S3PathStyle: true},
 		MaxBodyBytes: 256 << 20, MaxBatchRows: 1 << 16, MaxBatchTokens: 64 << 20,
 		MaxQueueRows: 1 << 20, MaxQueueTokens: 512 << 20,
 		Shutdown: Duration(60 * time.Second),
@@ -76,15 +83,23 @@ type member struct {
 	target reflect.Value
 }
 
-func (c *Config) members() []member {
-	v := reflect.ValueOf(c).Elem()
+// membersOf lists the settings of the struct that p points to, those of embedded structs included.
+func membersOf(p any) []member {
+	v := reflect.ValueOf(p).Elem()
 	var out []member
 	for i := range v.NumField() {
 		f := v.Type().Field(i)
+		if f.Anonymous {
+			out = append(out, membersOf(v.Field(i).Addr().Interface())...)
+			continue
+		}
 		out = append(out, member{name: f.Tag.Get("json"), field: f, target: v.Field(i)})
 	}
 	return out
 }
+
+// flag is the name of the member's flag.
+func (m member) flag() string { return strings.ReplaceAll(m.name, "_", "-") }
 
 func (m member) set(text string) error {
 	switch p := m.target.Addr().Interface().(type) {
@@ -108,6 +123,12 @@ func (m member) set(text string) error {
 			return fault.BadField(m.name, text, "a whole number")
 		}
 		*p = v
+	case *float64:
+		v, err := strconv.ParseFloat(text, 64)
+		if err != nil {
+			return fault.BadField(m.name, text, "a number")
+		}
+		*p = v
 	case *Duration:
 		if err := p.UnmarshalText([]byte(text)); err != nil {
 			return fault.BadField(m.name, text, `a duration such as "30s"`)
@@ -119,21 +140,18 @@ func (m member) set(text string) error {
 }
 
 // bindFlags declares one flag per member, with the defaults shown.
-func bindFlags(fs *pflag.FlagSet) {
-	d := DefaultConfig()
-	for _, m := range d.members() {
-		name := strings.ReplaceAll(m.name, "_", "-")
+func bindFlags(fs *pflag.FlagSet, members []member) {
+	for _, m := range members {
 		if m.target.Kind() == reflect.Bool {
-			fs.Bool(name, m.target.Bool(), m.field.Tag.Get("help"))
+			fs.Bool(m.flag(), m.target.Bool(), m.field.Tag.Get("help"))
 			continue
 		}
 		def := fmt.Sprint(m.target.Interface())
 		if p, ok := m.target.Addr().Interface().(*Duration); ok {
 			def = time.Duration(*p).String()
 		}
-		fs.String(name, def, m.field.Tag.Get("help"))
+		fs.String(m.flag(), def, m.field.Tag.Get("help"))
 	}
-	fs.String("config", "", "JSON file of settings")
 }
 
 // LoadConfig layers defaults, file, environment and flags, then validates.
@@ -144,37 +162,90 @@ func LoadConfig(fs *pflag.FlagSet, getenv func(string) (string, bool)) (Config, 
 		if err != nil {
 			return c, fmt.Errorf("read configuration: %w", err)
 		}
-		dec := json.NewDecoder(bytes.NewReader(b))
-		dec.DisallowUnknownFields()
-		if err := dec.Decode(&c); err != nil {
-			return c, fmt.Errorf("parse configuration %s: %w", path, err)
-		}
-		if _, err := dec.Token(); err != io.EOF {
-			return c, fmt.Errorf("parse configuration %s: text after the object", path)
+		if err := fromFile(membersOf(&c), b); err != nil {
+			return c, fmt.Errorf("configuration %s: %w", path, err)
 		}
 	}
-	for _, m := range c.members() {
-		if v, ok := getenv("TRAINERD_" + strings.ToUpper(m.name)); ok {
-			if err := m.set(v); err != nil {
-				return c, fmt.Errorf("environment: %w", err)
-			}
-		}
-		if f := fs.Lookup(strings.ReplaceAll(m.name, "_", "-")); f != nil && f.Changed {
-			if err := m.set(f.Value.String()); err != nil {
-				return c, fmt.Errorf("flags: %w", err)
-			}
-		}
+	if err := override(membersOf(&c), fs, getenv); err != nil {
+		return c, err
 	}
-	// The names that every S3 client knows serve when ours are not set.
-	for name, p := range map[string]*string{"AWS_ACCESS_KEY_ID": &c.S3AccessKey, "AWS_SECRET_ACCESS_KEY": &c.S3SecretKey, "AWS_ENDPOINT_URL": &c.S3Endpoint, "AWS_REGION": &c.S3Region} {
-		if v, ok := getenv(name); ok && *p == "" {
-			*p = v
-		}
-	}
+	c.ObjectStore.complete(getenv)
 	if c.Store == "" {
 		c.Store = "dir:" + c.Data + "/store"
 	}
 	return c, c.Validate()
+}
+
+// LoadObjectStore reads how to reach s3:// locations from environment and flags.
+func LoadObjectStore(fs *pflag.FlagSet, getenv func(string) (string, bool)) (ObjectStore, error) {
+	o := DefaultConfig().ObjectStore
+	err := override(membersOf(&o), fs, getenv)
+	o.complete(getenv)
+	return o, err
+}
+
+// fromFile reads one JSON object whose members are settings; null keeps a default.
+func fromFile(members []member, b []byte) error {
+	d := json.NewDecoder(bytes.NewReader(b))
+	if t, err := d.Token(); err != nil || t != json.Delim('{') {
+		return fault.New(fault.Invalid, "invalid_config", "expected a JSON object")
+	}
+	seen := map[string]bool{}
+	for d.More() {
+		t, err := d.Token()
+		if err != nil {
+			return fmt.Errorf("parse: %w", err)
+		}
+		name := t.(string)
+		at := slices.IndexFunc(members, func(m member) bool { return m.name == name })
+		var raw json.RawMessage
+		if err := d.Decode(&raw); err != nil {
+			return fmt.Errorf("parse %s: %w", name, err)
+		}
+		switch {
+		case at < 0:
+			return fault.BadField(name, string(raw), "no such setting")
+		case seen[name]:
+			return fault.BadField(name, string(raw), "each setting once")
+		}
+		seen[name] = true
+		if err := json.Unmarshal(raw, members[at].target.Addr().Interface()); err != nil {
+			return fault.BadField(name, string(raw), "a "+members[at].target.Kind().String())
+		}
+	}
+	if _, err := d.Token(); err != nil {
+		return fmt.Errorf("parse: %w", err)
+	}
+	if _, err := d.Token(); err != io.EOF {
+		return fault.New(fault.Invalid, "invalid_config", "text after the object")
+	}
+	return nil
+}
+
+// override sets members from the environment, then from the flags that were given.
+func override(members []member, fs *pflag.FlagSet, getenv func(string) (string, bool)) error {
+	for _, m := range members {
+		if v, ok := getenv("TRAINERD_" + strings.ToUpper(m.name)); ok {
+			if err := m.set(v); err != nil {
+				return fmt.Errorf("environment: %w", err)
+			}
+		}
+		if f := fs.Lookup(m.flag()); f != nil && f.Changed {
+			if err := m.set(f.Value.String()); err != nil {
+				return fmt.Errorf("flags: %w", err)
+			}
+		}
+	}
+	return nil
+}
+
+// complete takes what is not set from the names that every S3 client knows.
+func (o *ObjectStore) complete(getenv func(string) (string, bool)) {
+	for name, p := range map[string]*string{"AWS_ACCESS_KEY_ID": &o.S3AccessKey, "AWS_SECRET_ACCESS_KEY": &o.S3SecretKey, "AWS_ENDPOINT_URL": &o.S3Endpoint, "AWS_REGION": &o.S3Region} {
+		if v, ok := getenv(name); ok && *p == "" {
+			*p = v
+		}
+	}
 }
 
 // Validate names the first member that cannot be used.
@@ -202,6 +273,8 @@ func (c Config) Validate() error {
 		return fault.BadField("max_queue_rows", c.MaxQueueRows, "more than 0")
 	case c.MaxQueueTokens <= 0:
 		return fault.BadField("max_queue_tokens", c.MaxQueueTokens, "more than 0")
+	case !(c.PeakTFLOPS >= 0 && c.PeakTFLOPS <= 1e9):
+		return fault.BadField("peak_tflops", c.PeakTFLOPS, "0 or more")
 	case c.Shutdown <= 0:
 		return fault.BadField("shutdown", time.Duration(c.Shutdown), "more than 0")
 	}
@@ -209,14 +282,14 @@ func (c Config) Validate() error {
 }
 
 // s3Config returns how to reach an s3:// location.
-func (c Config) s3Config(at storage.Location) s3.Config {
-	return s3.Config{Endpoint: c.S3Endpoint, Bucket: at.Bucket, Prefix: at.Prefix, Region: c.S3Region,
-		AccessKey: c.S3AccessKey, SecretKey: c.S3SecretKey, Secure: true, PathStyle: c.S3PathStyle, Proxy: http.ProxyFromEnvironment}
+func (o ObjectStore) s3Config(at storage.Location) s3.Config {
+	return s3.Config{Endpoint: o.S3Endpoint, Bucket: at.Bucket, Prefix: at.Prefix, Region: o.S3Region,
+		AccessKey: o.S3AccessKey, SecretKey: o.S3SecretKey, Secure: true, PathStyle: o.S3PathStyle, Proxy: http.ProxyFromEnvironment}
 }
 
 // Redacted returns the configuration for the log, secrets replaced.
 func (c Config) Redacted() Config {
-	for _, m := range c.members() {
+	for _, m := range membersOf(&c) {
 		if m.field.Tag.Get("secret") == "true" && m.target.String() != "" {
 			m.target.SetString("[redacted]")
 		}

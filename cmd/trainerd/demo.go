@@ -3,6 +3,7 @@ package main
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"log/slog"
 	"math/rand/v2"
@@ -14,6 +15,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"trainerd/client"
+	"trainerd/internal/fault"
 	"trainerd/kernels/cpu"
 	"trainerd/model"
 	"trainerd/model/hf"
@@ -64,7 +66,10 @@ func newDemo() *cobra.Command {
 		Short: "Train a small policy on the security drill, over HTTP, and show what it learned",
 		Args:  cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, args []string) (err error) {
-			d.con = newConsole(cmd)
+			if err := d.settle(cmd); err != nil {
+				return err
+			}
+			d.con = newQuietConsole(cmd, slog.LevelWarn)
 			d.dir = keep
 			if d.dir == "" {
 				if d.dir, err = os.MkdirTemp("", "trainerd-demo-"); err != nil {
@@ -85,7 +90,7 @@ func newDemo() *cobra.Command {
 	f.IntVar(&d.warmSteps, "warm-steps", 220, "cross_entropy steps of the warm start")
 	f.IntVar(&d.warmRows, "warm-rows", 64, "demonstrations per warm-start step")
 	f.Float64Var(&d.lr, "lr", 3e-4, "learning rate of SA-GRPO")
-	f.IntVar(&d.steps, "steps", 80, "SA-GRPO steps")
+	f.IntVar(&d.steps, "steps", 80, "SA-GRPO steps; with --smollm2 4 unless given")
 	f.IntVar(&d.groups, "groups", 16, "alerts per step")
 	f.IntVar(&d.size, "group-size", 7, "strategies per alert (G)")
 	f.IntVar(&d.evalPrompts, "eval-prompts", 240, "held-out alerts")
@@ -95,14 +100,34 @@ func newDemo() *cobra.Command {
 	return cmd
 }
 
+// settle checks the flags, and refuses those that a run on SmolLM2 would not use.
+func (d *demo) settle(cmd *cobra.Command) error {
+	for name, v := range map[string]int{"warm-steps": d.warmSteps, "warm-rows": d.warmRows, "steps": d.steps, "groups": d.groups,
+		"group-size": d.size, "eval-prompts": d.evalPrompts, "eval-every": d.evalEvery} {
+		if v < 1 {
+			return fault.BadField(name, v, "1 or more")
+		}
+	}
+	if d.smollm2 == "" {
+		return nil
+	}
+	for _, name := range []string{"control", "summary", "warm-steps", "warm-rows", "lr", "groups", "eval-prompts", "eval-every"} {
+		if cmd.Flags().Changed(name) {
+			return fault.BadField(name, cmd.Flags().Lookup(name).Value, "not with --smollm2, which does not use it")
+		}
+	}
+	if !cmd.Flags().Changed("steps") {
+		d.steps = 4
+	}
+	return nil
+}
+
 // start boots a server on loopback with the CPU device and a directory store.
 func (d *demo) start(ctx context.Context) (p *Program, err error) {
 	cfg := DefaultConfig()
 	cfg.Listen, cfg.Device = "127.0.0.1:0", "cpu"
 	cfg.Data, cfg.Store = filepath.Join(d.dir, "data"), "dir:"+filepath.Join(d.dir, "store")
-	level := slog.LevelWarn
-	log := slog.New(slog.NewTextHandler(os.Stderr, &slog.HandlerOptions{Level: level}))
-	p = &Program{Config: cfg, Log: log}
+	p = &Program{Config: cfg, Log: d.con.log}
 	if err = p.Start(ctx); err != nil {
 		return nil, err
 	}
@@ -338,8 +363,8 @@ func (d *demo) report(took time.Duration) error {
 	gain := 100 * (after.Accuracy - before.Accuracy)
 	w := d.con.out
 	if d.summary {
-		return json.NewEncoder(w).Encode(map[string]any{"seed": d.seed, "control": d.control, "before": before.Accuracy, "after": after.Accuracy,
-			"gain_points": gain, "reward_before": before.Reward, "reward_after": after.Reward, "seconds": took.Seconds()})
+		return errors.Join(json.NewEncoder(w).Encode(map[string]any{"seed": d.seed, "control": d.control, "before": before.Accuracy, "after": after.Accuracy,
+			"gain_points": gain, "reward_before": before.Reward, "reward_after": after.Reward, "seconds": took.Seconds()}), d.verdict(gain))
 	}
 	fmt.Fprintf(w, "\n%d held-out alerts      accuracy   reward   format\n", before.Episodes)
 	fmt.Fprintf(w, "warm start               %6.1f %%   %6.3f   %5.1f %%\n", 100*before.Accuracy, before.Reward, 100*before.Format)
@@ -353,10 +378,10 @@ func (d *demo) report(took time.Duration) error {
 func (d *demo) verdict(gain float64) error {
 	switch {
 	case d.control && gain > maxControl:
-		fmt.Fprintf(d.con.out, "FAILED: the control gained %.1f points, at most %d are chance\n", gain, maxControl)
+		fmt.Fprintf(d.con.err, "FAILED: the control gained %.1f points, at most %d are chance\n", gain, maxControl)
 		return exitError{1}
 	case !d.control && gain < minGain:
-		fmt.Fprintf(d.con.out, "FAILED: a gain of %.1f points, at least %d are expected\n", gain, minGain)
+		fmt.Fprintf(d.con.err, "FAILED: a gain of %.1f points, at least %d are expected\n", gain, minGain)
 		return exitError{1}
 	}
 	return nil

@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"os"
@@ -9,6 +10,7 @@ import (
 
 	"github.com/spf13/cobra"
 
+	"trainerd/internal/fault"
 	"trainerd/model"
 	"trainerd/model/gguf"
 	"trainerd/model/hf"
@@ -66,14 +68,8 @@ func openModel(path string) (model.Source, hf.WriteOptions, error) {
 
 // addStoreFlags declares what an s3:// destination needs.
 func addStoreFlags(cmd *cobra.Command) {
-	cmd.Flags().String("s3-endpoint", "", "host:port or URL of the object store")
-	cmd.Flags().String("s3-region", "", "region of the object store")
-	cmd.Flags().Bool("s3-path-style", true, "address buckets as path elements")
-}
-
-// storeConfig reads those flags and the environment.
-func storeConfig(cmd *cobra.Command) (Config, error) {
-	return LoadConfig(cmd.Flags(), os.LookupEnv)
+	o := DefaultConfig().ObjectStore
+	bindFlags(cmd.Flags(), membersOf(&o))
 }
 
 // writeModel streams a model to a store.
@@ -106,17 +102,13 @@ func writeModel(cmd *cobra.Command, dest string, src model.Source, o hf.WriteOpt
 // modelSink writes files to dir:PATH (or a bare path) or s3://bucket/prefix.
 func modelSink(cmd *cobra.Command, dest string) (hf.Sink, error) {
 	if !strings.HasPrefix(dest, "s3://") {
-		path := trimScheme(dest)
-		if err := os.MkdirAll(path, 0o755); err != nil {
-			return nil, err
-		}
-		return hf.DirSink(path), nil
+		return dirSink(cmd, trimScheme(dest))
 	}
-	cfg, err := storeConfig(cmd)
+	o, err := LoadObjectStore(cmd.Flags(), os.LookupEnv)
 	if err != nil {
 		return nil, err
 	}
-	b, err := openStore(cmd.Context(), cfg, dest)
+	b, err := openStore(cmd.Context(), o, dest)
 	if err != nil {
 		return nil, err
 	}
@@ -135,6 +127,27 @@ func modelSink(cmd *cobra.Command, dest string) (hf.Sink, error) {
 		}
 		return werr
 	}, nil
+}
+
+// dirSink writes into a new or empty directory: the files of two models in one
+// would be a third.
+func dirSink(cmd *cobra.Command, path string) (hf.Sink, error) {
+	o := DefaultConfig().ObjectStore
+	for _, m := range membersOf(&o) {
+		if cmd.Flags().Changed(m.flag()) {
+			return nil, fault.BadField(m.flag(), "set", "only with an s3:// destination")
+		}
+	}
+	switch files, err := os.ReadDir(path); {
+	case err == nil && len(files) > 0:
+		return nil, fault.BadField("DEST", path, "a new or empty directory")
+	case err != nil && !errors.Is(err, os.ErrNotExist):
+		return nil, err
+	}
+	if err := os.MkdirAll(path, 0o755); err != nil {
+		return nil, err
+	}
+	return hf.DirSink(path), nil
 }
 
 func parameters(src model.Source) int64 {

@@ -4,6 +4,7 @@ import (
 	"crypto/sha256"
 	"encoding/hex"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"os"
@@ -115,11 +116,14 @@ func inspectModel(path string) (description, error) {
 	d.add("rope_theta", c.RopeTheta)
 	d.add("tied", c.Tied)
 	d.add("eos", c.EOS)
-	names := []string{}
-	for n := range opts.Carried {
-		names = append(names, n)
+	d.add("other_files", len(opts.Carried))
+	switch from, err := storage.ReadPulled(path); {
+	case err == nil:
+		d.add("job", from.Job)
+		d.add("step", from.Step)
+	case !errors.Is(err, storage.ErrNotFound):
+		return nil, err
 	}
-	d.add("other_files", len(names))
 	return d, nil
 }
 

@@ -1,7 +1,3 @@
-// Command trainerd is the training server and its tools. See `trainerd --help`.
-//
-// main.go has the command tree, program.go the bootable server that tests start
-// on port 0, config.go its configuration.
 package main
 
 import (

@@ -32,13 +32,17 @@ type Program struct {
 	served  chan error
 }
 
-// openDevice opens "cpu" or "cuda:N"; "auto" takes the first CUDA device there is, else the CPU.
+// openDevice opens "cpu" or "cuda:N"; "auto" takes the first CUDA device there
+// is, else the CPU. A number of workers that nobody would use is refused.
 func openDevice(name string, workers int) (kernels.Device, error) {
 	switch {
 	case name == "cpu", name == "auto" && !cudaBuilt:
 		return cpu.New(workers)
 	case name == "auto":
 		if d, err := openCUDA(0); err == nil {
+			if workers > 0 {
+				return nil, errors.Join(fault.BadField("workers", workers, "0, or the device cpu: auto found a CUDA device"), d.Close())
+			}
 			return d, nil
 		}
 		return cpu.New(workers)
@@ -47,6 +51,9 @@ func openDevice(name string, workers int) (kernels.Device, error) {
 		if err != nil || n < 0 {
 			return nil, fault.BadField("device", name, "cpu, auto or cuda:N")
 		}
+		if workers > 0 {
+			return nil, fault.BadField("workers", workers, "0: only the device cpu has workers")
+		}
 		return openCUDA(n)
 	}
 	return nil, fault.BadField("device", name, "cpu, auto or cuda:N")
@@ -54,7 +61,7 @@ func openDevice(name string, workers int) (kernels.Device, error) {
 
 // Start opens device, store and database, and serves. What it opened is closed again when it fails.
 func (p *Program) Start(ctx context.Context) (err error) {
-	store, err := openStore(ctx, p.Config, p.Config.Store)
+	store, err := openStore(ctx, p.Config.ObjectStore, p.Config.Store)
 	if err != nil {
 		return fmt.Errorf("open store: %w", err)
 	}
@@ -69,7 +76,10 @@ func (p *Program) Start(ctx context.Context) (err error) {
 	}()
 	p.manager, err = trainer.NewManager(trainer.Options{
 		Device: p.device, DataDir: p.Config.Data, Store: store, Logger: p.Log, Version: engineVersion(),
-		OpenStore: func(ctx context.Context, url string) (storage.Blob, error) { return openStore(ctx, p.Config, url) },
+		PeakFLOPS: 1e12 * p.Config.PeakTFLOPS,
+		OpenStore: func(ctx context.Context, url string) (storage.Blob, error) {
+			return openStore(ctx, p.Config.ObjectStore, url)
+		},
 		Limits: trainer.Limits{
 			MaxBatchBytes: p.Config.MaxBodyBytes, MaxBatchRows: p.Config.MaxBatchRows, MaxBatchTokens: p.Config.MaxBatchTokens,
 			MaxQueuedRollouts: p.Config.MaxQueueRows, MaxQueuedTokens: p.Config.MaxQueueTokens,

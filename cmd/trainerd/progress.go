@@ -15,19 +15,25 @@ import (
 // stderr as text with progress bars on a terminal, as JSON lines with --json.
 type console struct {
 	out  io.Writer
+	err  io.Writer
 	log  *slog.Logger
 	bars bool
 }
 
-func newConsole(cmd *cobra.Command) console {
+func newConsole(cmd *cobra.Command) console { return newQuietConsole(cmd, slog.LevelInfo) }
+
+// newQuietConsole logs from the given level on.
+func newQuietConsole(cmd *cobra.Command, level slog.Level) console {
 	asJSON, _ := cmd.Flags().GetBool("json")
-	c := console{out: cmd.OutOrStdout()}
+	o := &slog.HandlerOptions{Level: level}
+	c := console{out: cmd.OutOrStdout(), err: cmd.ErrOrStderr()}
 	if asJSON {
-		c.log = slog.New(slog.NewJSONHandler(cmd.ErrOrStderr(), nil))
+		c.log = slog.New(slog.NewJSONHandler(c.err, o))
 		return c
 	}
-	c.log = slog.New(slog.NewTextHandler(cmd.ErrOrStderr(), nil))
-	c.bars = term.IsTerminal(int(os.Stderr.Fd()))
+	c.log = slog.New(slog.NewTextHandler(c.err, o))
+	f, ok := c.err.(*os.File)
+	c.bars = ok && term.IsTerminal(int(f.Fd()))
 	return c
 }
 
@@ -36,7 +42,7 @@ func (c console) bar(n int64, what string) *progressbar.ProgressBar {
 	if !c.bars {
 		return progressbar.NewOptions64(n, progressbar.OptionSetVisibility(false))
 	}
-	return progressbar.NewOptions64(n, progressbar.OptionSetWriter(os.Stderr), progressbar.OptionSetDescription(what),
+	return progressbar.NewOptions64(n, progressbar.OptionSetWriter(c.err), progressbar.OptionSetDescription(what),
 		progressbar.OptionShowCount(), progressbar.OptionClearOnFinish(), progressbar.OptionThrottle(100e6))
 }
 

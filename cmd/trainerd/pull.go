@@ -25,15 +25,20 @@ func newPull() *cobra.Command {
 			if err != nil {
 				return err
 			}
-			var n int64
-			if step == "latest" {
-				m, err := waitCheckpoint(cmd.Context(), c, args[0], 0, wait)
+			n := int64(0)
+			if step != "latest" {
+				if n, err = strconv.ParseInt(step, 10, 64); err != nil || n < 0 {
+					return fault.BadField("step", step, "latest or a step number")
+				}
+			}
+			if step == "latest" || wait > 0 {
+				m, err := waitCheckpoint(cmd.Context(), c, args[0], n, wait)
 				if err != nil {
 					return err
 				}
-				n = m.Step
-			} else if n, err = strconv.ParseInt(step, 10, 64); err != nil || n < 0 {
-				return fault.BadField("step", step, "latest or a step number")
+				if step == "latest" {
+					n = m.Step
+				}
 			}
 			m, err := c.Pull(cmd.Context(), args[0], n, args[1])
 			if err != nil {
@@ -45,6 +50,6 @@ func newPull() *cobra.Command {
 	}
 	cmd.Flags().StringVar(&url, "server", "http://127.0.0.1:8080", "address of the server")
 	cmd.Flags().StringVar(&step, "step", "latest", "latest, or a step number")
-	cmd.Flags().DurationVar(&wait, "wait", 0, "wait this long for a first checkpoint")
+	cmd.Flags().DurationVar(&wait, "wait", 0, "wait this long for the checkpoint")
 	return cmd
 }

@@ -43,6 +43,8 @@ func newServe() *cobra.Command {
 			return p.Close(ctx)
 		},
 	}
-	bindFlags(cmd.Flags())
+	d := DefaultConfig()
+	bindFlags(cmd.Flags(), membersOf(&d))
+	cmd.Flags().String("config", "", "JSON file of settings, named as the flags with _ for -")
 	return cmd
 }

@@ -40,7 +40,6 @@ func (s apiSampler) Sample(ctx context.Context, prompts [][]int32, n int, seed u
 // end a strategy, then the server samples and every step is published.
 func (d *demo) runSmolLM2(ctx context.Context) error {
 	const groups, maxTokens, temperature = 2, 48, 0.7
-	steps := min(d.steps, 4)
 	p, err := d.start(ctx)
 	if err != nil {
 		return err
@@ -92,7 +91,7 @@ func (d *demo) runSmolLM2(ctx context.Context) error {
 		"batch":      map[string]any{"groups_per_step": groups, "max_tokens_per_micro_batch": 2048, "max_policy_lag": 1},
 		"checkpoint": map[string]any{"publish_every_steps": 1, "keep_last": 2},
 		"sampling":   map[string]any{"max_sequences": groups * d.size, "max_tokens": groups * (512 + d.size*maxTokens)},
-		"max_steps":  steps, "seed": d.seed,
+		"max_steps":  d.steps, "seed": d.seed,
 	}, client.NewKey())
 	if err != nil {
 		return fmt.Errorf("create job: %w", err)
@@ -103,7 +102,7 @@ func (d *demo) runSmolLM2(ctx context.Context) error {
 	}
 	d.agent.Sampler = apiSampler{d.client, job.ID, maxTokens, temperature}
 	alerts := rand.New(rand.NewPCG(d.seed, 2))
-	for step := range int64(steps) {
+	for step := range int64(d.steps) {
 		batch := []secloop.Alert{secloop.Split{}.Draw(alerts), secloop.Split{}.Draw(alerts)}
 		began := time.Now()
 		episodes, at, err := d.agent.Play(ctx, batch, d.size, d.seed<<32|uint64(step))

@@ -9,7 +9,7 @@ import (
 )
 
 // openStore opens "dir:PATH" or "s3://bucket/prefix".
-func openStore(ctx context.Context, c Config, url string) (storage.Blob, error) {
+func openStore(ctx context.Context, o ObjectStore, url string) (storage.Blob, error) {
 	at, err := storage.ParseURL(url)
 	if err != nil {
 		return nil, err
@@ -17,5 +17,5 @@ func openStore(ctx context.Context, c Config, url string) (storage.Blob, error) 
 	if at.Scheme == "dir" {
 		return disk.Open(at.Path)
 	}
-	return s3.Open(ctx, c.s3Config(at))
+	return s3.Open(ctx, o.s3Config(at))
 }
