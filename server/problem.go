@@ -18,15 +18,16 @@ var statusOf = map[fault.Kind]struct {
 	status int
 	title  string
 }{
-	fault.Malformed:   {http.StatusBadRequest, "The body cannot be decoded"},
-	fault.Invalid:     {http.StatusUnprocessableEntity, "The request is not acceptable"},
-	fault.Conflict:    {http.StatusConflict, "The request contradicts the present state"},
-	fault.NotFound:    {http.StatusNotFound, "There is no such thing"},
-	fault.TooLarge:    {http.StatusRequestEntityTooLarge, "The request is over a limit"},
-	fault.Busy:        {http.StatusTooManyRequests, "A queue is full"},
-	fault.Unavailable: {http.StatusServiceUnavailable, "Not possible now"},
-	fault.Denied:      {http.StatusForbidden, "Not allowed"},
-	fault.Internal:    {http.StatusInternalServerError, "Internal error"},
+	fault.Malformed:       {http.StatusBadRequest, "The body cannot be decoded"},
+	fault.Invalid:         {http.StatusUnprocessableEntity, "The request is not acceptable"},
+	fault.Conflict:        {http.StatusConflict, "The request contradicts the present state"},
+	fault.NotFound:        {http.StatusNotFound, "There is no such thing"},
+	fault.TooLarge:        {http.StatusRequestEntityTooLarge, "The request is over a limit"},
+	fault.Busy:            {http.StatusTooManyRequests, "A queue is full"},
+	fault.Unavailable:     {http.StatusServiceUnavailable, "Not possible now"},
+	fault.Denied:          {http.StatusForbidden, "Not allowed"},
+	fault.Unauthenticated: {http.StatusUnauthorized, "Not authenticated"},
+	fault.Internal:        {http.StatusInternalServerError, "Internal error"},
 }
 
 const problemType = "application/problem+json"

@@ -51,7 +51,7 @@ type Options struct {
 	Logger  *slog.Logger // nil: none
 	Version string
 	Limits  Limits
-	// Guard wraps every route but the probes: the place of authentication. nil: none.
+	// Guard wraps /v1 and /metrics: the place of authentication. nil: none.
 	Guard echo.MiddlewareFunc
 }
 
@@ -85,7 +85,7 @@ func New(o Options) *Server {
 	s.echo.HideBanner, s.echo.HidePort = true, true
 	s.echo.HTTPErrorHandler = s.answerError
 	s.echo.Use(s.identify, s.observe, s.recover)
-	s.probes()
+	s.probes(o.Guard)
 	s.routes(o.Guard)
 	return s
 }
@@ -107,13 +107,18 @@ func (s *Server) HTTPServer() *http.Server {
 		ErrorLog: slog.NewLogLogger(s.log.Handler(), slog.LevelWarn)}
 }
 
-func (s *Server) probes() {
+// probes registers what has no version. /metrics names every job, so it is guarded.
+func (s *Server) probes(guard echo.MiddlewareFunc) {
 	e := s.echo
 	e.GET("/healthz", func(c echo.Context) error {
 		return c.JSON(http.StatusOK, map[string]string{"status": "ok", "version": s.version})
 	})
 	e.GET("/readyz", s.ready)
-	e.GET("/metrics", echo.WrapHandler(s.metrics.handler()))
+	var guards []echo.MiddlewareFunc
+	if guard != nil {
+		guards = append(guards, guard)
+	}
+	e.GET("/metrics", echo.WrapHandler(s.metrics.handler()), guards...)
 	e.GET("/openapi.json", func(c echo.Context) error { return c.JSONBlob(http.StatusOK, openAPI) })
 }
 

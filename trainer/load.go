@@ -32,6 +32,12 @@ type baseModel struct {
 
 // resolve finds out what a source means, without reading weights.
 func (m *Manager) resolve(ctx context.Context, id JobID, source string) (*baseModel, error) {
+	if m.opts.Sources != nil {
+		var err error
+		if source, err = m.opts.Sources(source); err != nil {
+			return nil, err
+		}
+	}
 	b := &baseModel{source: source, path: filepath.Join(m.jobDir(id), "base")}
 	switch {
 	case strings.HasPrefix(source, schemeDir):

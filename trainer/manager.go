@@ -65,6 +65,10 @@ type Options struct {
 	// OpenStore opens the store of an s3:// model source, rooted at the source's
 	// prefix. nil: such sources are refused.
 	OpenStore func(ctx context.Context, url string) (storage.Blob, error)
+	// Sources says whether a job may name a model source, and returns the source as
+	// it is to be recorded and opened. It is asked again whenever the source is
+	// opened anew. nil: any.
+	Sources func(source string) (string, error)
 	Logger    *slog.Logger // nil: none
 	Version   string       // of trainerd, written to manifests
 	PeakFLOPS float64      // of the device, for the metric "mfu"; 0: not reported

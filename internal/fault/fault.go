@@ -29,9 +29,11 @@ const (
 	Unavailable
 	// Denied is a caller who may not do this.
 	Denied
+	// Unauthenticated is a caller who has not shown who they are.
+	Unauthenticated
 )
 
-var kindNames = [...]string{"internal", "malformed", "invalid", "conflict", "not_found", "too_large", "busy", "unavailable", "denied"}
+var kindNames = [...]string{"internal", "malformed", "invalid", "conflict", "not_found", "too_large", "busy", "unavailable", "denied", "unauthenticated"}
 
 // String returns the kind's stable lower-case name.
 func (k Kind) String() string {
