@@ -1,0 +1,317 @@
+//go:build cuda
+
+package cuda
+
+/*
+#cgo LDFLAGS: -ldl
+#include "shim.h"
+#include <stdlib.h>
+*/
+import "C"
+
+import (
+	"embed"
+	"errors"
+	"fmt"
+	"io/fs"
+	"unsafe"
+
+	"gorgonia.org/cu"
+
+	"trainerd/internal/fault"
+	"trainerd/kernels"
+)
+
+//go:embed fatbin/*.fatbin
+var fatbins embed.FS
+
+// Open takes card number n of the machine.
+func Open(n int) (*Device, error) {
+	f := found{index: n, built: C.CUDA_VERSION}
+	var text [512]C.char
+	if f.status = int(C.trainerd_driver_status(&text[0], C.int(len(text)))); f.status < 0 {
+		f.why = C.GoString(&text[0])
+	}
+	if f.status == 0 {
+		f.driver = cu.Version()
+		var err error
+		if f.cards, err = cu.NumDevices(); err != nil {
+			return nil, fmt.Errorf("open cuda:%d: count cards: %w", n, err)
+		}
+	}
+	if err := f.checkDriver(); err != nil {
+		return nil, err
+	}
+	card, err := cu.GetDevice(n)
+	if err != nil {
+		return nil, fmt.Errorf("open cuda:%d: %w", n, err)
+	}
+	info := kernels.Info{Name: fmt.Sprintf("cuda:%d", n)}
+	if f.model, err = card.Name(); err != nil {
+		return nil, fmt.Errorf("open cuda:%d: %w", n, err)
+	}
+	attributes := map[cu.DeviceAttribute]*int{
+		cu.ComputeCapabilityMajor: &f.major, cu.ComputeCapabilityMinor: &f.minor, cu.MultiprocessorCount: &info.Workers,
+	}
+	for a, to := range attributes {
+		if *to, err = card.Attribute(a); err != nil {
+			return nil, fmt.Errorf("open cuda:%d: %w", n, err)
+		}
+	}
+	info.Model = f.model
+	if err := f.checkCard(); err != nil {
+		return nil, err
+	}
+	return newDevice(info, func() (driver, error) { return openCard(f, card) })
+}
+
+// card is a driver on a CUDA context of its own.
+type card struct {
+	context cu.CUContext
+	stream  cu.Stream
+	events  map[int]cu.Event
+	modules []cu.Module
+	kernels map[string]*kernel
+	pins    []unsafe.Pointer
+	lt      *C.lt
+	plans   map[planKey]*C.lt_plan
+	buf     []byte // of the launch being made
+}
+
+// kernel is a function with the dynamic shared memory it may use so far.
+type kernel struct {
+	fn     C.CUfunction
+	shared int
+}
+
+// defaultShared is the dynamic shared memory that a kernel may use without asking.
+const defaultShared = 48 << 10
+
+// openCard runs on the thread that will own the context.
+func openCard(f found, dev cu.Device) (_ driver, err error) {
+	c := &card{events: map[int]cu.Event{}, kernels: map[string]*kernel{}, plans: map[planKey]*C.lt_plan{}, buf: make([]byte, 0, 512)}
+	if c.context, err = dev.MakeContext(cu.SchedAuto); err != nil {
+		if errors.Is(err, cu.OutOfMemory) {
+			return nil, fault.New(fault.TooLarge, "out_of_memory", "open cuda:%d: no memory for a context on %s: another process holds it", f.index, f.model)
+		}
+		return nil, fmt.Errorf("open cuda:%d: make a context: %w", f.index, err)
+	}
+	defer func() {
+		if err != nil {
+			_ = c.close()
+		}
+	}()
+	if c.stream, err = cu.MakeStream(cu.NonBlocking); err != nil {
+		return nil, fmt.Errorf("open cuda:%d: make a stream: %w", f.index, err)
+	}
+	if err = c.load(f); err != nil {
+		return nil, err
+	}
+	var text [512]C.char
+	if c.lt = C.lt_open(&text[0], C.int(len(text))); c.lt == nil {
+		return nil, fault.New(fault.Unavailable, "no_cublaslt", "open cuda:%d: cuBLASLt is missing (install cuBLAS of CUDA 13 or 12, or name its folder in LD_LIBRARY_PATH): %s",
+			f.index, C.GoString(&text[0]))
+	}
+	return c, nil
+}
+
+// load takes every fatbin that was embedded.
+func (c *card) load(f found) error {
+	files, err := fs.Glob(fatbins, "fatbin/*.fatbin")
+	if err != nil {
+		return err
+	}
+	for _, name := range files {
+		image, err := fatbins.ReadFile(name)
+		if err != nil {
+			return err
+		}
+		m, err := cu.LoadFatBinary(string(image))
+		if err != nil {
+			return f.noCode(name, err)
+		}
+		c.modules = append(c.modules, m)
+	}
+	return nil
+}
+
+func (c *card) kernel(name string) (*kernel, error) {
+	if k, ok := c.kernels[name]; ok {
+		return k, nil
+	}
+	for _, m := range c.modules {
+		fn, err := m.Function(name)
+		if err == nil {
+			k := &kernel{fn: *(*C.CUfunction)(unsafe.Pointer(&fn)), shared: defaultShared}
+			c.kernels[name] = k
+			return k, nil
+		}
+		if !errors.Is(err, cu.NotFound) {
+			return nil, fmt.Errorf("find kernel %s: %w", name, err)
+		}
+	}
+	return nil, fmt.Errorf("no kernel %s in the fatbins", name)
+}
+
+func (c *card) raw() C.CUstream { return *(*C.CUstream)(unsafe.Pointer(&c.stream)) }
+
+func (c *card) launch(name string, grid, block size2, shared int, args ...any) error {
+	k, err := c.kernel(name)
+	if err != nil {
+		return err
+	}
+	if shared > k.shared {
+		if r := C.tr_allow_shared(k.fn, C.int(shared)); r != 0 {
+			return fmt.Errorf("allow %s %d bytes of shared memory: %w", name, shared, result(r))
+		}
+		k.shared = shared
+	}
+	c.buf = pack(c.buf, args)
+	r := C.tr_launch(k.fn, C.uint(grid.x), C.uint(grid.y), C.uint(block.x), C.uint(block.y), C.uint(shared), c.raw(), unsafe.Pointer(unsafe.SliceData(c.buf)), C.size_t(len(c.buf)))
+	if r != 0 {
+		return fmt.Errorf("launch %s, grid (%d,%d), block (%d,%d), %d bytes of shared memory: %w", name, grid.x, grid.y, block.x, block.y, shared, result(r))
+	}
+	return nil
+}
+
+// code is a CUresult from our own calls.
+type code int
+
+func result(r C.int) error { return code(r) }
+
+func (c code) Error() string { return fmt.Sprintf("CUDA error %d", int(c)) }
+
+// number returns the CUresult in an error; cu's own type is not exported, but it is an int.
+func number(err error) int {
+	var c code
+	if errors.As(err, &c) {
+		return int(c)
+	}
+	for n := range sticky {
+		if errors.Is(err, sticky[n]) {
+			return n
+		}
+	}
+	return 0
+}
+
+// sticky lists the errors after which a context only fails.
+var sticky = map[int]error{
+	int(cu.EccUncorrectable): cu.EccUncorrectable, int(cu.IllegalAddress): cu.IllegalAddress, int(cu.LaunchTimeout): cu.LaunchTimeout,
+	int(cu.Assert): cu.Assert, int(cu.HardwareStackError): cu.HardwareStackError, int(cu.IllegalInstruction): cu.IllegalInstruction,
+	int(cu.MisalignedAddress): cu.MisalignedAddress, int(cu.InvalidAddressSpace): cu.InvalidAddressSpace, int(cu.InvalidPc): cu.InvalidPc,
+	int(cu.LaunchFailed): cu.LaunchFailed, int(cu.NvlinkUncorrectable): cu.NvlinkUncorrectable, int(cu.ContextIsDestroyed): cu.ContextIsDestroyed,
+	int(cu.Unknown): cu.Unknown,
+}
+
+func (c *card) lost(err error) bool {
+	_, ok := sticky[number(err)]
+	return ok
+}
+
+func (c *card) alloc(n int64) (address, error) {
+	p, err := cu.MemAlloc(n)
+	if errors.Is(err, cu.OutOfMemory) {
+		return 0, errNoMemory
+	}
+	return address(p), err
+}
+
+func (c *card) free(a address) error { return cu.MemFree(cu.DevicePtr(a)) }
+
+func (c *card) memory() (free, total int64, err error) { return cu.MemInfo() }
+
+func (c *card) pinned(n int) ([]byte, error) {
+	var p unsafe.Pointer
+	if r := C.tr_pinned(&p, C.size_t(n)); r != 0 {
+		return nil, result(r)
+	}
+	c.pins = append(c.pins, p)
+	return unsafe.Slice((*byte)(p), n), nil
+}
+
+func (c *card) fill(dst address, value byte, n int64) error {
+	return cu.MemsetD8Async(cu.DevicePtr(dst), value, n, c.stream)
+}
+
+func (c *card) move(dst, src address, n int64) error {
+	return cu.MemcpyDtoDAsync(cu.DevicePtr(dst), cu.DevicePtr(src), n, c.stream)
+}
+
+func (c *card) upload(dst address, src []byte) error {
+	return cu.MemcpyHtoDAsync(cu.DevicePtr(dst), unsafe.Pointer(unsafe.SliceData(src)), int64(len(src)), c.stream)
+}
+
+func (c *card) download(dst []byte, src address) error {
+	return cu.MemcpyDtoHAsync(unsafe.Pointer(unsafe.SliceData(dst)), cu.DevicePtr(src), int64(len(dst)), c.stream)
+}
+
+func (c *card) mark(event int) error {
+	e, ok := c.events[event]
+	if !ok {
+		var err error
+		if e, err = cu.MakeEvent(cu.DisableTiming); err != nil {
+			return err
+		}
+		c.events[event] = e
+	}
+	return e.Record(c.stream)
+}
+
+func (c *card) wait(event int) error { return c.events[event].Synchronize() }
+
+func (c *card) sync() error { return c.stream.Synchronize() }
+
+// planKey is what the choice of an algorithm depends on.
+type planKey struct {
+	m, n, k, lda, ldb, ldc           int
+	transA, transB, float32C, bias   bool
+	alignA, alignB, alignC, alignBia uint8 // powers of two
+}
+
+// power returns the greatest power of two, at most 256, that divides an address, as its exponent.
+func power(a address) uint8 {
+	p := uint8(0)
+	for p < 8 && a>>p&1 == 0 {
+		p++
+	}
+	return p
+}
+
+// product runs cuBLASLt's best algorithm for the shape, chosen once.
+func (c *card) product(p product) error {
+	key := planKey{p.m, p.n, p.k, p.lda, p.ldb, p.ldc, p.transA, p.transB, p.float32C, p.bias != 0, power(p.a), power(p.b), power(p.c), power(p.bias)}
+	plan := c.plans[key]
+	if plan == nil {
+		s := C.lt_shape{
+			m: C.int64_t(p.m), n: C.int64_t(p.n), k: C.int64_t(p.k), lda: C.int64_t(p.lda), ldb: C.int64_t(p.ldb), ldc: C.int64_t(p.ldc),
+			trans_a: C.int(flag32(p.transA)), trans_b: C.int(flag32(p.transB)), float32_c: C.int(flag32(p.float32C)), has_bias: C.int(flag32(p.bias != 0)),
+			align_a: 1 << key.alignA, align_b: 1 << key.alignB, align_c: 1 << key.alignC, workspace: C.size_t(p.workspaceBytes),
+		}
+		if r := C.lt_plan_make(c.lt, &s, C.CUdeviceptr(p.bias), &plan); r != 0 {
+			return fmt.Errorf("cuBLASLt has no algorithm (status %d) for columns-first m %d n %d k %d, lda %d ldb %d ldc %d, transposed %v %v, float32 result %v, bias %v",
+				int(r), p.m, p.n, p.k, p.lda, p.ldb, p.ldc, p.transA, p.transB, p.float32C, p.bias != 0)
+		}
+		c.plans[key] = plan
+	}
+	r := C.lt_plan_run(c.lt, plan, C.CUdeviceptr(p.a), C.CUdeviceptr(p.b), C.CUdeviceptr(p.c), C.int(flag32(p.accumulate)), C.CUdeviceptr(p.bias), C.CUdeviceptr(p.workspace), c.raw())
+	if r != 0 {
+		return fmt.Errorf("cuBLASLt fails with status %d", int(r))
+	}
+	return nil
+}
+
+// close destroys the context, which frees all of its memory, streams and modules,
+// whatever state they are in.
+func (c *card) close() error {
+	for _, p := range c.plans {
+		C.lt_plan_free(c.lt, p)
+	}
+	if c.lt != nil {
+		C.lt_close(c.lt)
+	}
+	for _, p := range c.pins {
+		C.tr_unpin(p)
+	}
+	return c.context.Destroy()
+}
