@@ -8,6 +8,7 @@ import (
 	"strings"
 	"time"
 
+	"trainerd/internal/crashpoint"
 	"trainerd/internal/fault"
 )
 
@@ -35,9 +36,11 @@ func (c Checkpoints) Delete(ctx context.Context, m Manifest) error {
 	if now.Prefix == m.Prefix {
 		return fault.New(fault.Conflict, "checkpoint_is_latest", "delete checkpoint %s: it is the latest of job %s", m.Prefix, m.Job)
 	}
+	crashpoint.Reach("retain.before_manifest")
 	if err := c.Blob.Delete(ctx, m.Prefix+"/"+manifestName); err != nil {
 		return fmt.Errorf("delete checkpoint %s: %w", m.Prefix, err)
 	}
+	crashpoint.Reach("retain.before_files")
 	if _, err := c.seal(ctx, m.Prefix, claimDeleted); err != nil {
 		return fmt.Errorf("delete checkpoint %s: %w", m.Prefix, err)
 	}

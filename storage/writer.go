@@ -18,6 +18,7 @@ import (
 	"sync"
 	"time"
 
+	"trainerd/internal/crashpoint"
 	"trainerd/internal/fault"
 )
 
@@ -196,12 +197,15 @@ func (w *Writer) Commit(ctx context.Context, m Manifest) (Manifest, error) {
 	if w.done {
 		return w.manifest, nil
 	}
+	defer crashpoint.Enter(crashpoint.Commit)()
 	if !w.committed {
+		crashpoint.Reach("checkpoint.before_manifest")
 		if err := w.commit(ctx); err != nil {
 			return Manifest{}, fmt.Errorf("commit checkpoint %s: %w", w.Prefix(), err)
 		}
 		w.committed = true
 	}
+	crashpoint.Reach("checkpoint.before_latest")
 	if err := w.c.moveLatest(ctx, w.manifest, w.raw); err != nil {
 		return Manifest{}, fmt.Errorf("commit checkpoint %s: %w", w.Prefix(), err)
 	}

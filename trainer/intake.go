@@ -10,6 +10,7 @@ import (
 	"strconv"
 	"time"
 
+	"trainerd/internal/crashpoint"
 	"trainerd/internal/fault"
 	"trainerd/rollout"
 	"trainerd/rollout/arrowio"
@@ -88,6 +89,7 @@ func (j *Job) Submit(ctx context.Context, body []byte, key string) (Receipt, err
 	if err != nil {
 		return Receipt{}, &fault.Error{Kind: fault.Unavailable, Code: "spool_unavailable", Msg: "write the batch to disk", RetryAfter: 5 * time.Second, Err: err}
 	}
+	crashpoint.Reach("accept.before_answer")
 	j.mu.Lock()
 	defer j.mu.Unlock()
 	r, err := j.enter(seq, batch, key, meta)
@@ -201,6 +203,7 @@ func (j *Job) enter(seq uint64, b *rollout.Batch, key string, meta rolloutMeta) 
 
 // apply enters a spool record again after a restart. Called with mu held.
 func (j *Job) apply(r spool.Record) error {
+	crashpoint.Reach("replay.record")
 	switch r.Kind {
 	case recordRollouts:
 		var meta rolloutMeta

@@ -9,6 +9,7 @@ import (
 	"strconv"
 	"time"
 
+	"trainerd/internal/crashpoint"
 	"trainerd/internal/fault"
 	"trainerd/model/hf"
 	"trainerd/storage"
@@ -124,6 +125,7 @@ func publishFault(step int64, err error) error {
 
 // write streams the policy into a new prefix and commits it.
 func (j *Job) write(ctx context.Context, parent *storage.Manifest, snapshot bool) (man storage.Manifest, err error) {
+	defer crashpoint.Enter(crashpoint.Publish)()
 	w, err := j.m.ckpts.Create(ctx, string(j.ID), j.weights)
 	if err != nil {
 		return man, err
@@ -138,6 +140,7 @@ func (j *Job) write(ctx context.Context, parent *storage.Manifest, snapshot bool
 	if err != nil {
 		return man, err
 	}
+	crashpoint.Reach("checkpoint.weights_written")
 	if snapshot {
 		if err := w.File(ctx, fileOptimizer, func(out io.Writer) error { return j.model.SaveState(out) }); err != nil {
 			return man, err
@@ -179,6 +182,7 @@ func (j *Job) announce(man storage.Manifest, took time.Duration) {
 // keep_last, steps divisible by keep_every, and the newest snapshot. A failure
 // is logged and tried again after the next publication.
 func (j *Job) retain(ctx context.Context) {
+	defer crashpoint.Enter(crashpoint.Retain)()
 	c := j.spec.Checkpoint
 	if c.KeepLast == 0 {
 		return

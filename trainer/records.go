@@ -12,6 +12,7 @@ import (
 
 	"go.etcd.io/bbolt"
 
+	"trainerd/internal/crashpoint"
 	"trainerd/internal/fault"
 	"trainerd/model"
 )
@@ -153,14 +154,15 @@ const recordsVersion = "1"
 type records struct{ db *bbolt.DB }
 
 func openRecords(path string) (*records, error) {
-	db, err := bbolt.Open(path, 0o600, &bbolt.Options{Timeout: 2 * time.Second})
+	db, err := bbolt.Open(path, 0o600, &bbolt.Options{Timeout: 2 * time.Second, NoSync: crashpoint.Off("records.fsync")})
 	if err != nil {
 		if errors.Is(err, bbolt.ErrTimeout) {
 			return nil, fault.New(fault.Unavailable, "data_in_use", "open %s: another trainerd holds it", path)
 		}
 		return nil, fmt.Errorf("open %s: %w", path, err)
 	}
-	err = db.Update(func(tx *bbolt.Tx) error {
+	r := &records{db: db}
+	err = r.update(func(tx *bbolt.Tx) error {
 		for _, name := range [][]byte{bucketMeta, bucketJobs, bucketSteps, bucketIdem} {
 			if _, err := tx.CreateBucketIfNotExists(name); err != nil {
 				return err
@@ -176,10 +178,16 @@ func openRecords(path string) (*records, error) {
 		db.Close()
 		return nil, err
 	}
-	return &records{db: db}, nil
+	return r, nil
 }
 
 func (r *records) close() error { return r.db.Close() }
+
+// update runs a transaction; what it wrote is durable when it returns nil.
+func (r *records) update(do func(*bbolt.Tx) error) error {
+	defer crashpoint.Enter(crashpoint.Record)()
+	return crashpoint.Transact(r.db.Path(), func() error { return r.db.Update(do) })
+}
 
 func put(b *bbolt.Bucket, key []byte, v any) error {
 	data, err := json.Marshal(v)
@@ -191,7 +199,7 @@ func put(b *bbolt.Bucket, key []byte, v any) error {
 
 // createJob writes a new job and, with a key, what the key was used for.
 func (r *records) createJob(j jobRecord, key, digest string) error {
-	return r.db.Update(func(tx *bbolt.Tx) error {
+	return r.update(func(tx *bbolt.Tx) error {
 		if key != "" {
 			if err := put(tx.Bucket(bucketIdem), []byte(key), idemRecord{Digest: digest, Job: j.ID}); err != nil {
 				return err
@@ -203,8 +211,8 @@ func (r *records) createJob(j jobRecord, key, digest string) error {
 
 // putJob writes a job and, when not nil, the step that it just did, together.
 func (r *records) putJob(j jobRecord, step *StepRecord) error {
-	err := r.db.Update(func(tx *bbolt.Tx) error {
-		if step != nil {
+	err := r.update(func(tx *bbolt.Tx) error {
+		if step != nil && !crashpoint.Off("records.step") {
 			b, err := tx.Bucket(bucketSteps).CreateBucketIfNotExists([]byte(j.ID))
 			if err != nil {
 				return err

@@ -9,6 +9,7 @@ import (
 	"slices"
 	"time"
 
+	"trainerd/internal/crashpoint"
 	"trainerd/internal/fault"
 	"trainerd/model"
 	"trainerd/model/hf"
@@ -180,6 +181,7 @@ func (j *Job) restoreState(ctx context.Context, snap storage.Manifest) error {
 // between where they were taken: those up to the snapshot by name only, those
 // after it on the device. A final job's steps are all by name (snap is ignored).
 func (j *Job) rebuild(ctx context.Context, snap *storage.Manifest) error {
+	defer crashpoint.Enter(crashpoint.Replay)()
 	replayFrom := int64(0)
 	if snap != nil {
 		replayFrom = snap.Step
@@ -269,6 +271,7 @@ func (s *stepReader) repeat(ctx context.Context, rec StepRecord) error {
 		return fault.New(fault.Internal, "replay_differs", "its groups were never taken")
 	}
 	if rec.Step > s.replayFrom {
+		crashpoint.Reach("replay.step")
 		var again StepRecord
 		err := j.m.exec.Do(ctx, lane{j.ID, laneTrain}, func() (err error) {
 			again, err = j.compute(ctx, c)

@@ -6,6 +6,7 @@ import (
 	"slices"
 	"time"
 
+	"trainerd/internal/crashpoint"
 	"trainerd/internal/fault"
 	"trainerd/rollout"
 	"trainerd/storage"
@@ -224,6 +225,7 @@ func (j *Job) step(ctx context.Context) error {
 
 // compute does one optimizer step on the device.
 func (j *Job) compute(ctx context.Context, c *consumption) (StepRecord, error) {
+	defer crashpoint.Enter(crashpoint.Step)()
 	began := time.Now()
 	if c.run == nil {
 		run, err := j.engine.Consume(ctx, c.groups, j.weights)
@@ -251,9 +253,11 @@ func (j *Job) record(rec StepRecord) error {
 	}
 	job := j.rec
 	job.Step = rec.Step
+	crashpoint.Reach("step.before_record")
 	if err := j.m.db.putJob(job, &rec); err != nil {
 		return err
 	}
+	crashpoint.Reach("step.recorded")
 	j.rec = job
 	j.stepTime = time.Duration(rec.WallClock * float64(time.Second))
 	j.counts.Steps++

@@ -6,6 +6,8 @@ import (
 	"os"
 	"path/filepath"
 	"syscall"
+
+	"trainerd/internal/crashpoint"
 )
 
 // file is an open segment.
@@ -41,7 +43,7 @@ func openDisk(dir string) (*osDisk, error) {
 	if err := os.MkdirAll(dir, 0o755); err != nil {
 		return nil, err
 	}
-	if err := syncDir(filepath.Dir(dir)); err != nil {
+	if err := syncDir("spool.dir_name", filepath.Dir(dir)); err != nil {
 		return nil, err
 	}
 	lock, err := os.OpenFile(filepath.Join(dir, lockName), os.O_RDWR|os.O_CREATE, 0o644)
@@ -84,7 +86,7 @@ func open(path string, flags int) (file, error) {
 }
 
 func (d *osDisk) Remove(name string) error { return os.Remove(filepath.Join(d.dir, name)) }
-func (d *osDisk) Sync() error              { return syncDir(d.dir) }
+func (d *osDisk) Sync() error              { return syncDir("", d.dir) }
 func (d *osDisk) Close() error             { return d.lock.Close() }
 
 type osFile struct{ *os.File }
@@ -97,12 +99,12 @@ func (f osFile) Size() (int64, error) {
 	return info.Size(), nil
 }
 
-func syncDir(dir string) error {
+func syncDir(name, dir string) error {
 	d, err := os.Open(dir)
 	if err != nil {
 		return err
 	}
-	if err := d.Sync(); err != nil {
+	if err := crashpoint.Sync(name, d); err != nil {
 		d.Close()
 		return err
 	}

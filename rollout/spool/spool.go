@@ -11,6 +11,7 @@ import (
 	"slices"
 	"sync"
 
+	"trainerd/internal/crashpoint"
 	"trainerd/internal/fault"
 )
 
@@ -149,7 +150,7 @@ func (l *Log) recover(s *segment) (err error) {
 		}
 	}
 	// A whole frame may never have been synced: it is from here on.
-	return l.active.Sync()
+	return crashpoint.Sync("spool.recovered", l.active)
 }
 
 // roll begins the next segment.
@@ -166,11 +167,12 @@ func (l *Log) roll() error {
 	}
 	salt := rand.Uint64()
 	_, err = f.WriteAt(encodeHeader(s.first, salt), 0)
+	crashpoint.Reach("spool.new_segment")
 	if err == nil {
-		err = f.Sync()
+		err = crashpoint.Sync("spool.header", f)
 	}
 	if err == nil {
-		err = l.disk.Sync()
+		err = crashpoint.Sync("spool.segment_name", l.disk)
 	}
 	if err != nil {
 		return errors.Join(fmt.Errorf("create segment %s: %w", s.name, err), f.Close(), l.disk.Remove(s.name))
@@ -236,6 +238,7 @@ func (l *Log) group() []*appending {
 
 // write puts a group on the disk as one frame.
 func (l *Log) write(group []*appending) error {
+	defer crashpoint.Enter(crashpoint.Append)()
 	s := l.segs[len(l.segs)-1] // only write and roll change it, under writing
 	if l.dirty {
 		if err := l.restore(s); err != nil {
@@ -270,12 +273,15 @@ func (l *Log) write(group []*appending) error {
 			break
 		}
 	}
+	crashpoint.Reach("spool.payload_written")
 	if err == nil {
 		_, err = l.active.WriteAt(h.encode(l.salt), s.end)
 	}
+	crashpoint.Reach("spool.frame_written")
 	if err == nil {
-		err = l.active.Sync()
+		err = crashpoint.Sync("spool.frame", l.active)
 	}
+	crashpoint.Reach("spool.frame_synced")
 	if err != nil {
 		err = fmt.Errorf("write segment %s: %w", s.name, err)
 		l.dirty = true

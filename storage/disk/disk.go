@@ -12,6 +12,7 @@ import (
 	"path/filepath"
 	"syscall"
 
+	"trainerd/internal/crashpoint"
 	"trainerd/internal/fault"
 	"trainerd/storage"
 )
@@ -126,7 +127,8 @@ func (s *Store) put(ctx context.Context, key string, r io.Reader, c storage.Cond
 	if _, err := io.CopyBuffer(io.MultiWriter(temp, sum), r, make([]byte, 256<<10)); err != nil {
 		return storage.Info{}, err
 	}
-	if err := temp.Sync(); err != nil {
+	crashpoint.Reach("store.copied")
+	if err := crashpoint.Sync("store.file", temp); err != nil {
 		return storage.Info{}, err
 	}
 	st, err := temp.Stat()
@@ -153,10 +155,12 @@ func (s *Store) put(ctx context.Context, key string, r io.Reader, c storage.Cond
 			return storage.Info{}, err
 		}
 	}
+	crashpoint.Reach("store.before_rename")
 	if err := s.root.Rename(name, key); err != nil {
 		return storage.Info{}, clash(key, err)
 	}
-	if err := s.syncDir(path.Dir(key)); err != nil {
+	crashpoint.Reach("store.renamed")
+	if err := s.syncDir("store.file_name", path.Dir(key)); err != nil {
 		return storage.Info{}, err
 	}
 	return storage.Info{Key: key, Size: st.Size(), ETag: etag, Modified: st.ModTime()}, nil
@@ -209,16 +213,17 @@ func (s *Store) makeDirs(dir string) error {
 	case err != nil:
 		return clash(dir, err)
 	}
-	return s.syncDir(path.Dir(dir))
+	return s.syncDir("store.dir_name", path.Dir(dir))
 }
 
-func (s *Store) syncDir(dir string) error {
+// syncDir syncs a directory; name is of crashpoint.Sync.
+func (s *Store) syncDir(name, dir string) error {
 	d, err := s.root.Open(dir)
 	if err != nil {
 		return err
 	}
 	defer d.Close()
-	return d.Sync()
+	return crashpoint.Sync(name, d)
 }
 
 // open opens the regular file of a key; ErrNotFound for anything else.
@@ -342,7 +347,7 @@ func (s *Store) Delete(ctx context.Context, key string) error {
 		dir = path.Dir(dir)
 	}
 	if err == nil {
-		err = s.syncDir(dir)
+		err = s.syncDir("store.removed_name", dir)
 	}
 	if err != nil {
 		return s.fault("delete", key, err)
