@@ -40,6 +40,18 @@ TR_INLINE T warp_scan(T x) {
 	return x;
 }
 
+// block_sums sums three values over the block as block_sum does, with one pair of barriers.
+TR_INLINE void block_sums(double &a, double &b, double &c) {
+	TR_SHARED(double, warps, 3 * 32);
+	a = warp_sum(a), b = warp_sum(b), c = warp_sum(c);
+	int warp = threadIdx.x / 32;
+	if (threadIdx.x % 32 == 0) warps[warp] = a, warps[32 + warp] = b, warps[64 + warp] = c;
+	__syncthreads();
+	a = b = c = 0;
+	for (int i = 0; i < 32; i++) a += warps[i], b += warps[32 + i], c += warps[64 + i];
+	__syncthreads();
+}
+
 } // namespace
 
 extern "C" __global__ void __launch_bounds__(1024)
@@ -127,7 +139,7 @@ extern "C" __global__ void __launch_bounds__(1024)
 				}
 				m1 += f1, m2 += f2, m3 += f3;
 			}
-			m1 = block_sum(m1), m2 = block_sum(m2), m3 = block_sum(m3);
+			block_sums(m1, m2, m3);
 			if (m3 >= target) low = p3;
 			else if (m2 >= target) low = p2, high = p3;
 			else if (m1 >= target) low = p1, high = p2;

@@ -1,6 +1,5 @@
-// Declarations of the kernels, as KERNELS.md lists them; each .cu is compiled on
-// its own. The linker does not see parameter types of C names, so signatures.cc
-// includes this file together with every .cu.
+// Declarations of the kernels, as KERNELS.md lists them. Every .cu is compiled with
+// this file before it, so that a signature that differs does not compile.
 #pragma once
 typedef unsigned short bf16;
 typedef unsigned char u8;
