@@ -21,6 +21,7 @@ import (
 // Options change how a Client works. Zero values mean the defaults.
 type Options struct {
 	HTTP    *http.Client  // default: a new one without a timeout, since contexts bound the calls
+	TLS     TLS           // of the default HTTP client; not together with HTTP
 	Token   string        // sent as a bearer token; "": none
 	Retries int           // most repetitions of one call; default 8, negative for none
 	MaxWait time.Duration // longest pause between repetitions, whatever Retry-After says; default 30 s
@@ -38,8 +39,19 @@ func New(baseURL string, o Options) (*Client, error) {
 	if err != nil || u.Scheme != "http" && u.Scheme != "https" || u.Host == "" {
 		return nil, fmt.Errorf("parse server address %q: expected http://HOST:PORT or https://HOST:PORT", baseURL)
 	}
-	if o.HTTP == nil {
-		o.HTTP = &http.Client{}
+	switch {
+	case o.TLS == (TLS{}):
+		if o.HTTP == nil {
+			o.HTTP = &http.Client{}
+		}
+	case o.HTTP != nil:
+		return nil, errors.New("client options TLS and HTTP: expected one of them")
+	default:
+		tr, err := o.TLS.transport()
+		if err != nil {
+			return nil, err
+		}
+		o.HTTP = &http.Client{Transport: tr}
 	}
 	if o.Retries == 0 {
 		o.Retries = 8

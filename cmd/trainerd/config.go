@@ -30,8 +30,9 @@ type Config struct {
 	Device   string `json:"device" help:"cpu, cuda:N or auto"`
 	Workers  int    `json:"workers" help:"workers of the CPU device; 0: one per core"`
 	Store    string `json:"store" help:"checkpoints go to dir:PATH or s3://bucket/prefix; empty: dir:DATA/store"`
-	Insecure bool   `json:"insecure" help:"serve beyond loopback although there is no authentication"`
+	Insecure bool   `json:"insecure" help:"serve beyond loopback although there are no tokens"`
 
+	Access
 	ObjectStore
 
 	MaxBodyBytes   int64    `json:"max_body_bytes" help:"largest request body, and largest decompressed batch"`
@@ -69,6 +70,7 @@ func (d Duration) MarshalText() ([]byte, error) { return []byte(time.Duration(d)
 func DefaultConfig() Config {
 	return Config{
 		Listen: "127.0.0.1:8080", Data: "trainerd-data", Device: "auto",
+		Access:       defaultAccess(),
 		ObjectStore:  ObjectStore{S3PathStyle: true},
 		MaxBodyBytes: 256 << 20, MaxBatchRows: 1 << 16, MaxBatchTokens: 64 << 20,
 		MaxQueueRows: 1 << 20, MaxQueueTokens: 512 << 20,
@@ -129,6 +131,8 @@ func (m member) set(text string) error {
 			return fault.BadField(m.name, text, "a number")
 		}
 		*p = v
+	case *List:
+		*p = List(text)
 	case *Duration:
 		if err := p.UnmarshalText([]byte(text)); err != nil {
 			return fault.BadField(m.name, text, `a duration such as "30s"`)
@@ -144,6 +148,10 @@ func bindFlags(fs *pflag.FlagSet, members []member) {
 	for _, m := range members {
 		if m.target.Kind() == reflect.Bool {
 			fs.Bool(m.flag(), m.target.Bool(), m.field.Tag.Get("help"))
+			continue
+		}
+		if p, ok := m.target.Interface().(List); ok {
+			fs.Var(&listFlag{p}, m.flag(), m.field.Tag.Get("help"))
 			continue
 		}
 		def := fmt.Sprint(m.target.Interface())
@@ -173,6 +181,7 @@ func LoadConfig(fs *pflag.FlagSet, getenv func(string) (string, bool)) (Config, 
 	if c.Store == "" {
 		c.Store = "dir:" + c.Data + "/store"
 	}
+	c.settleTokens()
 	return c, c.Validate()
 }
 
@@ -250,15 +259,13 @@ func (o *ObjectStore) complete(getenv func(string) (string, bool)) {
 
 // Validate names the first member that cannot be used.
 func (c Config) Validate() error {
-	host, _, err := net.SplitHostPort(c.Listen)
-	if err != nil {
+	if _, _, err := net.SplitHostPort(c.Listen); err != nil {
 		return fault.BadField("listen", c.Listen, "HOST:PORT")
 	}
-	ip := net.ParseIP(host)
-	loopback := host == "localhost" || ip != nil && ip.IsLoopback()
+	if err := c.validateAccess(); err != nil {
+		return err
+	}
 	switch {
-	case !loopback && !c.Insecure:
-		return fault.BadField("listen", c.Listen, "a loopback address, or --insecure: there is no authentication yet")
 	case c.Data == "":
 		return fault.BadField("data", c.Data, "a directory")
 	case c.Workers < 0:

@@ -44,7 +44,7 @@ func newRoot() *cobra.Command {
 		SilenceErrors: true,
 	}
 	root.PersistentFlags().Bool("json", false, "log JSON lines to stderr instead of text and progress bars")
-	root.AddCommand(newServe(), newImport(), newInit(), newInspect(), newPull(), newDemo(), newBench())
+	root.AddCommand(newServe(), newImport(), newInit(), newInspect(), newPull(), newDemo(), newBench(), newToken())
 	return root
 }
 

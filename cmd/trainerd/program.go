@@ -29,6 +29,7 @@ type Program struct {
 	api     *server.Server
 	manager *trainer.Manager
 	device  kernels.Device
+	gate    *gate
 	served  chan error
 }
 
@@ -61,6 +62,14 @@ func openDevice(name string, workers int) (kernels.Device, error) {
 
 // Start opens device, store and database, and serves. What it opened is closed again when it fails.
 func (p *Program) Start(ctx context.Context) (err error) {
+	if p.gate, err = openGate(p.Config, p.Log); err != nil {
+		return err
+	}
+	defer func() {
+		if err != nil {
+			p.gate.close()
+		}
+	}()
 	store, err := openStore(ctx, p.Config.ObjectStore, p.Config.Store)
 	if err != nil {
 		return fmt.Errorf("open store: %w", err)
@@ -76,6 +85,7 @@ func (p *Program) Start(ctx context.Context) (err error) {
 	}()
 	p.manager, err = trainer.NewManager(trainer.Options{
 		Device: p.device, DataDir: p.Config.Data, Store: store, Logger: p.Log, Version: engineVersion(),
+		Sources:   p.gate.sources.Resolve,
 		PeakFLOPS: 1e12 * p.Config.PeakTFLOPS,
 		OpenStore: func(ctx context.Context, url string) (storage.Blob, error) {
 			return openStore(ctx, p.Config.ObjectStore, url)
@@ -94,15 +104,15 @@ func (p *Program) Start(ctx context.Context) (err error) {
 		return fmt.Errorf("listen: %w", err)
 	}
 	p.addr = l.Addr()
-	p.api = server.New(server.Options{Manager: p.manager, Logger: p.Log, Version: engineVersion()})
+	p.api = server.New(server.Options{Manager: p.manager, Logger: p.Log, Version: engineVersion(), Guard: p.gate.guard.Middleware})
 	p.http = p.api.HTTPServer()
 	p.served = make(chan error, 1)
-	go func() { p.served <- p.http.Serve(l) }()
+	go func() { p.served <- p.gate.serve(p.http, l, p.Config.MaxConnections) }()
 	return nil
 }
 
 // URL returns the server's base address.
-func (p *Program) URL() string { return "http://" + p.addr.String() }
+func (p *Program) URL() string { return p.gate.scheme() + "://" + p.addr.String() }
 
 // Close stops intake, lets the running step finish, writes what is pending and frees the device.
 func (p *Program) Close(ctx context.Context) error {
@@ -111,5 +121,5 @@ func (p *Program) Close(ctx context.Context) error {
 	if serr := <-p.served; serr != nil && !errors.Is(serr, http.ErrServerClosed) {
 		err = errors.Join(err, serr)
 	}
-	return errors.Join(err, p.manager.Close(ctx), p.device.Close())
+	return errors.Join(err, p.manager.Close(ctx), p.device.Close(), p.gate.close())
 }

@@ -2,6 +2,7 @@ package main
 
 import (
 	"fmt"
+	"os"
 	"strconv"
 	"time"
 
@@ -14,6 +15,7 @@ import (
 func newPull() *cobra.Command {
 	var url, step string
 	var wait time.Duration
+	var to dial
 	cmd := &cobra.Command{
 		Use:   "pull JOB DIR",
 		Short: "Fetch a job's checkpoint, verify it and swap it in as DIR",
@@ -21,7 +23,11 @@ func newPull() *cobra.Command {
 		Args:  cobra.ExactArgs(2),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			con := newConsole(cmd)
-			c, err := client.New(url, client.Options{})
+			o, err := to.options(os.Getenv)
+			if err != nil {
+				return err
+			}
+			c, err := client.New(url, o)
 			if err != nil {
 				return err
 			}
@@ -51,5 +57,6 @@ func newPull() *cobra.Command {
 	cmd.Flags().StringVar(&url, "server", "http://127.0.0.1:8080", "address of the server")
 	cmd.Flags().StringVar(&step, "step", "latest", "latest, or a step number")
 	cmd.Flags().DurationVar(&wait, "wait", 0, "wait this long for the checkpoint")
+	to.bind(cmd)
 	return cmd
 }
