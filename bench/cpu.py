@@ -16,7 +16,7 @@ def lines(cmd, env):
     return [json.loads(l) for l in out.splitlines() if l.startswith("{")]
 
 
-def torch_gemm(shapes, threads, repeats=9):
+def torch_gemm(shapes, threads, repeats=50):
     import torch
     torch.set_num_threads(threads)
     best = {}
@@ -37,7 +37,7 @@ def main():
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     ap.add_argument("trainerd")
     ap.add_argument("--rounds", type=int, default=3)
-    ap.add_argument("--repeats", type=int, default=3)
+    ap.add_argument("--repeats", type=int, default=2)
     ap.add_argument("--load", default="cpu512")
     ap.add_argument("--shape", default="135m")
     ap.add_argument("--threads", type=int, default=os.cpu_count())
@@ -48,7 +48,7 @@ def main():
     gemm = []
     for _ in range(a.rounds):
         theirs = torch_gemm(shapes, a.threads)
-        ours = {r["shape"]: r["gflop_s"] for r in lines([a.trainerd, "bench", "gemm", "--workers", a.threads], env)}
+        ours = {r["shape"]: r["gflop_s"] for r in lines([a.trainerd, "bench", "gemm", "--workers", a.threads, "--repeats", 50], env)}
         gemm.append({s: (ours[s], theirs[s]) for s in theirs})
     for s in gemm[0]:
         o, t = (statistics.median(r[s][i] for r in gemm) for i in (0, 1))
