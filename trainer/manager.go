@@ -68,7 +68,7 @@ type Options struct {
 	// Sources says whether a job may name a model source, and returns the source as
 	// it is to be recorded and opened. It is asked again whenever the source is
 	// opened anew. nil: any.
-	Sources func(source string) (string, error)
+	Sources   func(source string) (string, error)
 	Logger    *slog.Logger // nil: none
 	Version   string       // of trainerd, written to manifests
 	PeakFLOPS float64      // of the device, for the metric "mfu"; 0: not reported
