@@ -142,7 +142,7 @@ func allocate(dev kernels.Device, cfg Config, opt Options) (_ *Model, err error)
 
 // fill reads the weights, clears the state and takes the arena.
 func (m *Model) fill(ctx context.Context, src Source, arena int64) error {
-	if err := m.checkTensors(src); err != nil {
+	if err := CheckTensors(src); err != nil {
 		return err
 	}
 	var err error
@@ -186,14 +186,16 @@ func (m *Model) fill(ctx context.Context, src Source, arena int64) error {
 	return nil
 }
 
-// checkTensors compares a source's tensors with what the config needs, by name
-// and shape, before any of them is read.
-func (m *Model) checkTensors(src Source) error {
+// CheckTensors compares a source's tensors with what its config needs, by name
+// and shape, before any of them is read. The config must be valid.
+func CheckTensors(src Source) error {
+	cfg := src.Config()
+	lay := newLayout(cfg, 1)
 	var bad []fault.Field
 	add := func(name string, got any, expected string) {
 		bad = append(bad, fault.Field{Name: name, Row: -1, Got: fmt.Sprint(got), Expected: expected})
 	}
-	for _, t := range m.lay.tensors {
+	for _, t := range lay.tensors {
 		shape, ok := src.Shape(t.name)
 		switch {
 		case !ok:
@@ -203,10 +205,10 @@ func (m *Model) checkTensors(src Source) error {
 		}
 	}
 	for _, name := range src.Names() {
-		if _, ok := m.lay.index[name]; ok || ignorable(name) {
+		if _, ok := lay.index[name]; ok || ignorable(name) {
 			continue
 		}
-		add(name, "a tensor", fmt.Sprintf("none of this name in a %s of %d layers", m.cfg.Type, m.cfg.Layers))
+		add(name, "a tensor", fmt.Sprintf("none of this name in a %s of %d layers", cfg.Type, cfg.Layers))
 	}
 	if len(bad) == 0 {
 		return nil

@@ -144,10 +144,7 @@ func dirSink(cmd *cobra.Command, path string) (hf.Sink, error) {
 	case err != nil && !errors.Is(err, os.ErrNotExist):
 		return nil, err
 	}
-	if err := os.MkdirAll(path, 0o755); err != nil {
-		return nil, err
-	}
-	return hf.DirSink(path), nil
+	return hf.DirSink(path), nil // which makes the directory with the first file
 }
 
 func parameters(src model.Source) int64 {

@@ -14,6 +14,7 @@ import (
 
 	"github.com/spf13/cobra"
 
+	"trainerd/model"
 	"trainerd/rollout"
 	"trainerd/rollout/arrowio"
 	"trainerd/storage"
@@ -98,6 +99,9 @@ func inspectModel(path string) (description, error) {
 		return nil, err
 	}
 	defer src.Close()
+	if err := model.CheckTensors(src); err != nil {
+		return nil, fmt.Errorf("%s: %w", path, err)
+	}
 	c := src.Config()
 	var d description
 	d.add("kind", "model")
@@ -117,6 +121,9 @@ func inspectModel(path string) (description, error) {
 	d.add("tied", c.Tied)
 	d.add("eos", c.EOS)
 	d.add("other_files", len(opts.Carried))
+	if strings.HasSuffix(path, ".gguf") {
+		return d, nil
+	}
 	switch from, err := storage.ReadPulled(path); {
 	case err == nil:
 		d.add("job", from.Job)

@@ -55,10 +55,10 @@ func Write(ctx context.Context, sink Sink, prefix string, src model.Source, o Wr
 	if err != nil {
 		return err
 	}
-	shards, err := split(src, dtype, o.ShardBytes)
-	if err != nil {
+	if err := model.CheckTensors(src); err != nil {
 		return err
 	}
+	shards := split(src, dtype, o.ShardBytes)
 	files := map[string][]byte{configName: config}
 	for name, data := range o.Carried {
 		if name == configName || name == "" || strings.ContainsAny(name, `/\`) || strings.Contains(name, ".safetensors") {
@@ -135,17 +135,14 @@ func writtenConfig(cfg model.Config, original []byte, dtype string) ([]byte, err
 }
 
 // split lists the tensors that the config needs, in canonical order, cut into files.
-func split(src model.Source, dtype string, limit int64) ([][]item, error) {
+func split(src model.Source, dtype string, limit int64) [][]item {
 	if limit <= 0 {
 		limit = defaultShardBytes
 	}
 	var shards [][]item
 	size := int64(0)
 	for _, name := range src.Config().Names() {
-		shape, ok := src.Shape(name)
-		if !ok {
-			return nil, fault.New(fault.Invalid, "invalid_tensor", "the source has no tensor %q", name)
-		}
+		shape, _ := src.Shape(name)
 		it := item{name: name, shape: shape, bytes: itemSize[dtype]}
 		for _, d := range shape {
 			it.bytes *= int64(d)
@@ -156,7 +153,7 @@ func split(src model.Source, dtype string, limit int64) ([][]item, error) {
 		shards[len(shards)-1] = append(shards[len(shards)-1], it)
 		size += it.bytes
 	}
-	return shards, nil
+	return shards
 }
 
 // header returns the length-prefixed header of a file that holds items one
