@@ -41,13 +41,19 @@ var rules = []rule{
 	{dir: "server/access", may: []string{"storage"}, uses: []string{"github.com/labstack/echo"}},
 	{dir: "client", may: []string{"rollout", "storage"}},
 	{dir: "secloop", may: []string{"client", "rollout", "model/tokenizer"}},
+	{dir: "secloop/scenario", may: []string{"secloop"}},
+	{dir: "secloop/blue", may: []string{"secloop/scenario"}},
+	{dir: "secloop/red", may: []string{"secloop/scenario"}},
+	{dir: "secloop/sim", may: []string{"secloop"}},
+	{dir: "secloop/field", may: []string{"secloop"}, uses: []string{"github.com/vishvananda", "github.com/google/nftables"}},
 	{dir: "parity", may: []string{"sagrpo", "model", "rollout", "kernels"}, uses: []string{"gorgonia.org/tensor"}},
 	{dir: "bench", may: []string{"sagrpo", "model", "rollout", "storage", "kernels", "trainer", "server", "client"}, uses: []string{"gorgonia.org/tensor"}},
 	{dir: "cmd/trainerd", may: []string{"bench", "client", "internal", "kernels", "model", "rollout", "sagrpo", "secloop", "server", "storage", "trainer"}, uses: []string{"gorgonia.org/tensor"}},
 }
 
 // reserved are the outside modules that only named packages may import.
-var reserved = []string{"gorgonia.org/tensor", "gorgonia.org/cu", "github.com/apache/arrow", "github.com/minio/minio-go", "github.com/labstack/echo"}
+var reserved = []string{"gorgonia.org/tensor", "gorgonia.org/cu", "github.com/apache/arrow", "github.com/minio/minio-go", "github.com/labstack/echo",
+	"github.com/vishvananda", "github.com/google/nftables"}
 
 // testsMay are what test files may import on top: a test of an upper layer
 // stands on a real device, a real store and real files.
@@ -157,6 +163,9 @@ func TestRulesCanFail(t *testing.T) {
 		{"model/hf", "trainerd/model", true},
 		{"model", "trainerd/rollout", false},
 		{"storage", "trainerd/internal/fault", true},
+		{"secloop/red", "trainerd/secloop/blue", false},
+		{"secloop/sim", "github.com/google/nftables", false},
+		{"secloop/field", "github.com/google/nftables", true},
 		{"server/access", "trainerd/trainer", false},
 	} {
 		r, ok := ruleFor(c.dir)

@@ -1,0 +1,296 @@
+package blue
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/netip"
+	"strings"
+	"sync"
+	"time"
+
+	"trainerd/secloop/scenario"
+)
+
+// Bounds of what a service keeps and accepts.
+const (
+	maxEvents      = 4096
+	maxBusy        = 32 // connections that a web host serves at once
+	serviceTimeout = 5 * time.Second
+	rotated        = "correct-horse-battery" // what rotate_credentials sets
+	storeSecret    = "store-password"
+)
+
+// Blue runs the services of all hosts.
+type Blue struct {
+	ep    scenario.Episode
+	stand scenario.Stand
+	start time.Time
+	wg    sync.WaitGroup
+
+	mu       sync.Mutex
+	settings map[scenario.Setting]bool
+	comments map[string][]string // by host
+	uploads  map[string]bool     // host/name
+	busy     map[string]int      // by host
+	zone     map[string]string
+	events   []scenario.Event
+	open     map[io.Closer]bool
+	closed   bool
+}
+
+// Start listens on every host's address.
+func Start(ep scenario.Episode, stand scenario.Stand) (*Blue, error) {
+	b := &Blue{
+		ep: ep, stand: stand, start: time.Now(), settings: map[scenario.Setting]bool{}, comments: map[string][]string{},
+		uploads: map[string]bool{}, busy: map[string]int{}, open: map[io.Closer]bool{},
+		zone: map[string]string{"www.corp.test.": scenario.TrustedWWW.String()},
+	}
+	for _, h := range scenario.Hosts() {
+		serve := map[string]func(net.Conn, scenario.Host){
+			scenario.Web: b.serveWeb, scenario.Store: b.serveStore, scenario.Shell: b.serveLogin, scenario.Share: b.serveLogin, scenario.DNS: b.serveDNS,
+		}[h.Service]
+		if err := b.listen(h.At(), h, serve); err != nil {
+			b.Close()
+			return nil, err
+		}
+		if h.Extra != 0 {
+			if err := b.listen(netip.AddrPortFrom(h.Addr, h.Extra), h, b.serveManagement); err != nil {
+				b.Close()
+				return nil, err
+			}
+		}
+	}
+	if err := b.listen(scenario.Metadata, scenario.Host{Name: "metadata"}, b.serveMetadata); err != nil {
+		b.Close()
+		return nil, err
+	}
+	return b, nil
+}
+
+// Close ends every service and waits for it.
+func (b *Blue) Close() {
+	b.mu.Lock()
+	b.closed = true
+	for c := range b.open {
+		c.Close()
+	}
+	b.mu.Unlock()
+	b.wg.Wait()
+}
+
+// track registers something that Close must close; false when it is too late.
+func (b *Blue) track(c io.Closer) bool {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if b.closed {
+		c.Close()
+		return false
+	}
+	b.open[c] = true
+	return true
+}
+
+func (b *Blue) done(c io.Closer) {
+	c.Close()
+	b.mu.Lock()
+	delete(b.open, c)
+	b.mu.Unlock()
+}
+
+// listen serves one address. A host accepts maxBusy connections at once; those
+// above are closed unanswered, which is what a full worker pool looks like.
+func (b *Blue) listen(at netip.AddrPort, h scenario.Host, serve func(net.Conn, scenario.Host)) error {
+	ln, err := b.stand.Listen(at)
+	if err != nil {
+		return fmt.Errorf("start %s: %w", h.Name, err)
+	}
+	if !b.track(ln) {
+		return net.ErrClosed
+	}
+	b.wg.Add(1)
+	go func() {
+		defer b.wg.Done()
+		for {
+			c, err := ln.Accept()
+			if err != nil {
+				if errors.Is(err, net.ErrClosed) {
+					return
+				}
+				time.Sleep(time.Millisecond)
+				continue
+			}
+			b.log("connection", peer(c), h.Name, at.String())
+			b.mu.Lock()
+			full := b.busy[h.Name] >= maxBusy
+			if !full {
+				b.busy[h.Name]++
+			}
+			b.mu.Unlock()
+			if full {
+				b.log("busy", peer(c), h.Name, "no free worker")
+				c.Close()
+				continue
+			}
+			if !b.track(c) {
+				return
+			}
+			b.wg.Add(1)
+			go func() {
+				defer b.wg.Done()
+				defer func() {
+					b.mu.Lock()
+					b.busy[h.Name]--
+					b.mu.Unlock()
+				}()
+				defer b.done(c)
+				c.SetDeadline(time.Now().Add(serviceTimeout))
+				serve(c, h)
+			}()
+		}
+	}()
+	return nil
+}
+
+func peer(c net.Conn) string {
+	host, _, _ := net.SplitHostPort(c.RemoteAddr().String())
+	return host
+}
+
+func (b *Blue) log(kind, source, host, detail string) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if len(b.events) < maxEvents {
+		b.events = append(b.events, scenario.Event{At: time.Since(b.start), Kind: kind, Source: source, Host: host, Detail: detail[:min(len(detail), 200)]})
+	}
+}
+
+// Events returns a copy of the logs.
+func (b *Blue) Events() []scenario.Event {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return append([]scenario.Event(nil), b.events...)
+}
+
+// Set changes a service's setting.
+func (b *Blue) Set(s scenario.Setting) error {
+	if _, ok := scenario.HostByName(s.Host); !ok {
+		return fmt.Errorf("set %s: unknown host %q", s.Name, s.Host)
+	}
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.settings[s] = true
+	return nil
+}
+
+// Is reports whether a setting is in force.
+func (b *Blue) Is(host, name string) bool {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.settings[scenario.Setting{Host: host, Name: name}]
+}
+
+// run is the whole interpreter that a web shell, a decoded object, a login or
+// an implant gets: two words.
+func (b *Blue) run(h scenario.Host, command string) string {
+	switch command {
+	case "id":
+		return "uid=33(www)"
+	case "cat /secret":
+		if h.Name == b.ep.Target.Name {
+			return b.ep.Secret
+		}
+		return "nothing here"
+	default:
+		return "not found"
+	}
+}
+
+// Tick lets what lives on blue's hosts open its connections once: the planted
+// process, and the administrator's browser that follows scripts in comments.
+// It reports whether anybody was reached; the conversation goes on by itself.
+func (b *Blue) Tick(ctx context.Context) bool {
+	h := b.ep.Target
+	if !b.Is(h.Name, scenario.ImplantKilled) {
+		for _, at := range b.ep.Implants {
+			if c, err := b.call(ctx, h, at); err == nil {
+				b.keep(c, func() { b.implant(c, h) })
+				return true
+			}
+		}
+	}
+	b.mu.Lock()
+	comments := append([]string(nil), b.comments[h.Name]...)
+	b.mu.Unlock()
+	for _, text := range comments {
+		_, rest, ok := strings.Cut(text, "<script>send('")
+		to, _, ok2 := strings.Cut(rest, "')</script>")
+		at, err := netip.ParseAddrPort(to)
+		if !ok || !ok2 || err != nil {
+			continue
+		}
+		if c, err := b.call(ctx, h, at); err == nil {
+			b.keep(c, func() { fmt.Fprintf(c, "cookie=%s\n", b.ep.Secret) })
+			return true
+		}
+	}
+	return false
+}
+
+func (b *Blue) keep(c net.Conn, f func()) {
+	if !b.track(c) {
+		return
+	}
+	b.wg.Add(1)
+	go func() {
+		defer b.wg.Done()
+		defer b.done(c)
+		c.SetDeadline(time.Now().Add(serviceTimeout))
+		f()
+	}()
+}
+
+// call opens a connection from a blue host.
+func (b *Blue) call(ctx context.Context, h scenario.Host, at netip.AddrPort) (net.Conn, error) {
+	if !scenario.Inside(at.Addr()) {
+		return nil, fmt.Errorf("%s is outside the battle-field", at)
+	}
+	b.log("egress", at.Addr().String(), h.Name, at.String())
+	return b.stand.Dial(ctx, h.Addr, at)
+}
+
+// implant says hello, then does what it is told: run a command or send 64 KiB.
+func (b *Blue) implant(c net.Conn, h scenario.Host) {
+	if _, err := io.WriteString(c, "hello\n"); err != nil {
+		return
+	}
+	line, err := readLine(c)
+	if err != nil {
+		return
+	}
+	if line == "bulk" {
+		b.log("upload", peer(c), h.Name, "65536 bytes")
+		c.Write([]byte(strings.Repeat("record of blue \n", 65536/16)))
+		return
+	}
+	fmt.Fprintf(c, "%s\n", b.run(h, line))
+}
+
+// readLine reads up to 1 KiB to the end of a line, byte by byte: nothing that
+// follows the line is taken.
+func readLine(r io.Reader) (string, error) {
+	var b [1]byte
+	var line []byte
+	for len(line) < 1024 {
+		if _, err := io.ReadFull(r, b[:]); err != nil {
+			return "", err
+		}
+		if b[0] == '\n' {
+			return strings.TrimSuffix(string(line), "\r"), nil
+		}
+		line = append(line, b[0])
+	}
+	return "", errors.New("read line: longer than 1024 bytes")
+}

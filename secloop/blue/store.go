@@ -1,0 +1,54 @@
+package blue
+
+import (
+	"fmt"
+	"net"
+	"strings"
+
+	"trainerd/secloop/scenario"
+)
+
+// serveStore speaks the inline form of RESP: one command a line.
+func (b *Blue) serveStore(c net.Conn, h scenario.Host) {
+	authenticated, dir := false, "/var/lib/store"
+	for {
+		line, err := readLine(c)
+		if err != nil {
+			return
+		}
+		words := strings.Fields(line)
+		if len(words) == 0 {
+			return
+		}
+		command := strings.ToUpper(words[0])
+		if command == "AUTH" {
+			authenticated = len(words) == 2 && words[1] == storeSecret
+			fmt.Fprint(c, "+OK\r\n")
+			continue
+		}
+		if !authenticated {
+			b.log("store", peer(c), h.Name, line)
+			if b.Is(h.Name, scenario.RequireAuth) {
+				fmt.Fprint(c, "-NOAUTH Authentication required.\r\n")
+				continue
+			}
+		}
+		switch {
+		case command == "PING":
+			fmt.Fprint(c, "+PONG\r\n")
+		case command == "CONFIG" && len(words) == 4 && strings.EqualFold(words[1], "SET") && words[2] == "dir":
+			dir = words[3]
+			fmt.Fprint(c, "+OK\r\n")
+		case command == "SET" && len(words) == 3:
+			fmt.Fprint(c, "+OK\r\n")
+		case command == "SAVE": // nothing is written: the answer says where it would have gone
+			if dir != "/var/lib/store" {
+				fmt.Fprintf(c, "+saved in %s\r\n", dir)
+			} else {
+				fmt.Fprint(c, "+OK\r\n")
+			}
+		default:
+			fmt.Fprint(c, "-ERR unknown command\r\n")
+		}
+	}
+}

@@ -1,0 +1,96 @@
+package blue
+
+import (
+	"context"
+	"encoding/binary"
+	"fmt"
+	"io"
+	"net/netip"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"golang.org/x/net/dns/dnsmessage"
+
+	"trainerd/secloop/scenario"
+)
+
+// Users opens n connections to a host as legitimate clients do, four at a time,
+// and returns how many were served. After two that were not it asks no more.
+func Users(ctx context.Context, stand scenario.Stand, src netip.Addr, h scenario.Host, n int) int {
+	var served, failed atomic.Int32
+	turns := make(chan struct{}, n)
+	for range n {
+		turns <- struct{}{}
+	}
+	close(turns)
+	var wg sync.WaitGroup
+	for range 4 {
+		wg.Go(func() {
+			for range turns {
+				if failed.Load() >= 2 {
+					return
+				}
+				if User(ctx, stand, src, h) == nil {
+					served.Add(1)
+				} else {
+					failed.Add(1)
+				}
+			}
+		})
+	}
+	wg.Wait()
+	return int(served.Load())
+}
+
+// User is one legitimate client: nil when it got what it came for.
+func User(ctx context.Context, stand scenario.Stand, src netip.Addr, h scenario.Host) error {
+	c, err := stand.Dial(ctx, src, h.At())
+	if err != nil {
+		return err
+	}
+	defer c.Close()
+	c.SetDeadline(time.Now().Add(serviceTimeout / 2))
+	say, expect := "", ""
+	switch h.Service {
+	case scenario.Web:
+		say, expect = "GET /products?q=lamp HTTP/1.1\r\nHost: shop\r\n\r\n", "lamp"
+	case scenario.Store:
+		say, expect = "AUTH "+storeSecret+"\nPING\n\n", "+PONG"
+	case scenario.Shell, scenario.Share:
+		return login(c)
+	case scenario.DNS:
+		q := dnsmessage.Message{Header: dnsmessage.Header{ID: 7}, Questions: []dnsmessage.Question{{
+			Name: dnsmessage.MustNewName("www.corp.test."), Type: dnsmessage.TypeA, Class: dnsmessage.ClassINET}}}
+		m, err := q.Pack()
+		if err != nil {
+			return err
+		}
+		say = string(binary.BigEndian.AppendUint16(nil, uint16(len(m)))) + string(m)
+		expect = "corp" // an answer; whether it is the true one is the attack's matter
+	}
+	go io.WriteString(c, say) // answers may begin before all is said
+	got, _ := io.ReadAll(io.LimitReader(c, maxBody))
+	if !strings.Contains(string(got), expect) {
+		return fmt.Errorf("%s answered %.60q", h.Name, got)
+	}
+	return nil
+}
+
+func login(c io.ReadWriter) error {
+	if _, err := readLine(c); err != nil {
+		return err
+	}
+	if _, err := io.WriteString(c, "KEY "+UserKey+"\n"); err != nil {
+		return err
+	}
+	if line, err := readLine(c); err != nil || line != "welcome" {
+		return fmt.Errorf("login answered %.60q (%v)", line, err)
+	}
+	_, err := io.WriteString(c, "RUN id\n")
+	if err == nil {
+		_, err = readLine(c)
+	}
+	return err
+}

@@ -1,0 +1,339 @@
+package red
+
+import (
+	"context"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/netip"
+	"net/url"
+	"slices"
+	"strings"
+	"sync"
+
+	"golang.org/x/net/dns/dnsmessage"
+
+	"trainerd/secloop/scenario"
+)
+
+// scan tries ports of the target, and of that many hosts when targets says so.
+// It gives up on a host after the first port that does not answer at all: the
+// count of open ports is what the stage is about.
+func (r *Red) scan(ctx context.Context, b *budget, src netip.Addr, with map[string]string) (scenario.Result, error) {
+	hosts := scenario.Hosts()
+	n, err := number(with, "targets", 1, len(hosts))
+	if err != nil {
+		return scenario.Result{}, err
+	}
+	if n == 1 {
+		hosts = []scenario.Host{r.target()}
+	}
+	var mu sync.Mutex // of the budget and the result
+	var res scenario.Result
+	var wg sync.WaitGroup
+	for _, h := range hosts[:n] {
+		wg.Go(func() {
+			for p := range strings.SplitSeq(with["ports"], ",") {
+				port, err := number(map[string]string{"ports": p}, "ports", 1, 65535)
+				if err != nil {
+					return
+				}
+				mu.Lock()
+				one := &budget{stand: r.stand, left: min(1, b.left)}
+				b.left--
+				b.used++
+				mu.Unlock()
+				c, err := one.dial(ctx, src, netip.AddrPortFrom(h.Addr, uint16(port)))
+				if err != nil {
+					if timedOut(err) {
+						return
+					}
+					continue
+				}
+				c.Close()
+				mu.Lock()
+				res.Count++
+				mu.Unlock()
+			}
+		})
+	}
+	wg.Wait()
+	return res, nil
+}
+
+func timedOut(err error) bool {
+	var t interface{ Timeout() bool }
+	return errors.As(err, &t) && t.Timeout()
+}
+
+// http sends one request.
+func (r *Red) http(ctx context.Context, b *budget, src netip.Addr, with map[string]string) (scenario.Result, error) {
+	at := r.target().At()
+	if with["port"] != "" {
+		port, err := number(with, "port", 1, 65535)
+		if err != nil {
+			return scenario.Result{}, err
+		}
+		at = netip.AddrPortFrom(at.Addr(), uint16(port))
+	}
+	c, err := b.dial(ctx, src, at)
+	if err != nil {
+		return scenario.Result{}, err
+	}
+	method := with["method"]
+	if method == "" {
+		method = "GET"
+	}
+	path := with["path"]
+	if q := with["query"]; q != "" {
+		k, v, _ := strings.Cut(q, "=")
+		path += "?" + k + "=" + url.QueryEscape(v)
+	}
+	head := ""
+	if with["header"] != "" {
+		head = with["header"] + "\r\n"
+	}
+	out, err := ask(c, fmt.Sprintf("%s %s HTTP/1.1\r\nHost: shop\r\n%sContent-Length: %d\r\n\r\n%s", method, path, head, len(with["body"]), with["body"]))
+	return scenario.Result{Output: out, Count: len(out)}, err
+}
+
+// store sends commands, separated by ";", and ends.
+func (r *Red) store(ctx context.Context, b *budget, src netip.Addr, with map[string]string) (scenario.Result, error) {
+	c, err := b.dial(ctx, src, r.target().At())
+	if err != nil {
+		return scenario.Result{}, err
+	}
+	text := ""
+	for command := range strings.SplitSeq(with["commands"], ";") {
+		text += strings.TrimSpace(command) + "\n"
+	}
+	out, err := ask(c, text+"\n")
+	return scenario.Result{Output: out, Count: len(out)}, err
+}
+
+// login guesses passwords, three a connection, and runs one command when it is in.
+func (r *Red) login(ctx context.Context, b *budget, src netip.Addr, with map[string]string) (scenario.Result, error) {
+	n, err := number(with, "guesses", 1, len(r.ep.Words))
+	if err != nil {
+		return scenario.Result{}, err
+	}
+	for group := range slices.Chunk(r.ep.Words[:n], 3) {
+		c, err := b.dial(ctx, src, r.target().At())
+		if err != nil {
+			return scenario.Result{}, err
+		}
+		out, err := guess(c, group, with["run"])
+		c.Close()
+		if err != nil || out != "" {
+			return scenario.Result{Output: out}, err
+		}
+	}
+	return scenario.Result{}, nil
+}
+
+// guess returns what the service said after a right guess, "" after none.
+func guess(c net.Conn, words []string, command string) (string, error) {
+	if _, err := readLine(c); err != nil {
+		return "", err
+	}
+	for _, w := range words {
+		if _, err := io.WriteString(c, "PASS "+w+"\n"); err != nil {
+			return "", err
+		}
+		answer, err := readLine(c)
+		if err != nil {
+			return "", err
+		}
+		if answer == "welcome" {
+			if _, err := io.WriteString(c, "RUN "+command+"\n"); err != nil {
+				return answer, err
+			}
+			more, err := readLine(c)
+			return answer + "\n" + more, err
+		}
+	}
+	return "", nil
+}
+
+// dns sends one update or one query.
+func (r *Red) dns(ctx context.Context, b *budget, src netip.Addr, with map[string]string) (scenario.Result, error) {
+	zone := dnsmessage.Question{Name: dnsmessage.MustNewName("corp.test."), Type: dnsmessage.TypeSOA, Class: dnsmessage.ClassINET}
+	m := dnsmessage.Message{Header: dnsmessage.Header{ID: 1}}
+	if name := with["update"]; name != "" {
+		to, err := netip.ParseAddr(with["to"])
+		if err != nil {
+			return scenario.Result{}, fmt.Errorf("parameter to: %w", err)
+		}
+		n, err := dnsmessage.NewName(name + ".")
+		if err != nil {
+			return scenario.Result{}, fmt.Errorf("parameter update: %w", err)
+		}
+		m.OpCode = 5
+		m.Questions = []dnsmessage.Question{zone}
+		m.Authorities = []dnsmessage.Resource{{
+			Header: dnsmessage.ResourceHeader{Name: n, Type: dnsmessage.TypeA, Class: dnsmessage.ClassINET, TTL: 60},
+			Body:   &dnsmessage.AResource{A: to.As4()},
+		}}
+	} else {
+		n, err := dnsmessage.NewName(with["query"] + ".")
+		if err != nil {
+			return scenario.Result{}, fmt.Errorf("parameter query: %w", err)
+		}
+		m.Questions = []dnsmessage.Question{{Name: n, Type: dnsmessage.TypeA, Class: dnsmessage.ClassINET}}
+	}
+	out, err := m.Pack()
+	if err != nil {
+		return scenario.Result{}, err
+	}
+	c, err := b.dial(ctx, src, r.target().At())
+	if err != nil {
+		return scenario.Result{}, err
+	}
+	got, err := ask(c, string(binary.BigEndian.AppendUint16(nil, uint16(len(out))))+string(out))
+	if err != nil || len(got) < 2 {
+		return scenario.Result{}, err
+	}
+	var answer dnsmessage.Message
+	if err := answer.Unpack([]byte(got[2:])); err != nil {
+		return scenario.Result{}, fmt.Errorf("unpack answer: %w", err)
+	}
+	if answer.RCode != dnsmessage.RCodeSuccess {
+		return scenario.Result{Output: answer.RCode.String()}, nil
+	}
+	text := "accepted"
+	for _, a := range answer.Answers {
+		if body, ok := a.Body.(*dnsmessage.AResource); ok {
+			text += " " + netip.AddrFrom4(body.A).String()
+		}
+	}
+	return scenario.Result{Output: text}, nil
+}
+
+// listen takes the first connection of what blue's host was made to run,
+// answers with send and keeps what comes. Prepare has opened the listener.
+func (r *Red) listen(ctx context.Context, b *budget, _ netip.Addr, with map[string]string) (scenario.Result, error) {
+	if r.ln == nil {
+		return scenario.Result{}, fmt.Errorf("not prepared")
+	}
+	ln := r.ln
+	defer r.closeListener()
+	stop := context.AfterFunc(ctx, func() { ln.Close() })
+	defer stop()
+	c, err := ln.Accept()
+	if err != nil {
+		return scenario.Result{}, err
+	}
+	b.used++
+	text := ""
+	if with["send"] != "" {
+		text = with["send"] + "\n"
+	}
+	if text == "" { // the first line is all that is wanted
+		defer c.Close()
+		line, err := readLine(c)
+		return scenario.Result{Output: line, Count: len(line)}, err
+	}
+	out, err := ask(c, text)
+	return scenario.Result{Output: out, Count: len(out)}, err
+}
+
+// syn sends SYNs with forged sources and completes none.
+func (r *Red) syn(ctx context.Context, _ *budget, _ netip.Addr, with map[string]string) (scenario.Result, error) {
+	n, err := number(with, "packets", 1, maxSYN)
+	if err != nil {
+		return scenario.Result{}, err
+	}
+	f, ok := r.stand.(scenario.Flooder)
+	if !ok {
+		return scenario.Result{}, fmt.Errorf("this stand cannot send SYNs")
+	}
+	sent, err := f.Syn(ctx, r.target().At(), n)
+	return scenario.Result{Count: sent, Packets: sent}, err
+}
+
+// connections opens connections from all of red's addresses in turn and holds them until Release.
+func (r *Red) connections(ctx context.Context, b *budget, _ netip.Addr, with map[string]string) (scenario.Result, error) {
+	n, err := number(with, "connections", 1, maxConnections)
+	if err != nil {
+		return scenario.Result{}, err
+	}
+	var last error
+	for i, src := range r.ep.Sources { // an address that gets no answer is given up
+		for range n/len(r.ep.Sources) + min(1, max(0, n%len(r.ep.Sources)-i)) {
+			c, err := b.dial(ctx, src, r.target().At())
+			if err != nil {
+				last = err
+				break
+			}
+			r.held = append(r.held, c)
+		}
+	}
+	return scenario.Result{Count: len(r.held)}, last
+}
+
+// anyOf accepts from several listeners.
+type anyOf struct {
+	lns   []net.Listener
+	conns chan net.Conn
+	wg    sync.WaitGroup
+	once  sync.Once
+	done  chan struct{}
+}
+
+func (a *anyOf) add(ln net.Listener) {
+	if a.done == nil {
+		a.done = make(chan struct{})
+	}
+	a.lns = append(a.lns, ln)
+	a.wg.Go(func() {
+		for {
+			c, err := ln.Accept()
+			if err != nil {
+				return
+			}
+			select {
+			case a.conns <- c:
+			case <-a.done:
+				c.Close()
+				return
+			}
+		}
+	})
+}
+
+// Accept implements net.Listener.
+func (a *anyOf) Accept() (net.Conn, error) {
+	select {
+	case c := <-a.conns:
+		return c, nil
+	case <-a.done:
+		return nil, net.ErrClosed
+	}
+}
+
+// Close implements net.Listener and waits for the accepting goroutines.
+func (a *anyOf) Close() error {
+	a.once.Do(func() {
+		if a.done != nil {
+			close(a.done)
+		}
+		for _, ln := range a.lns {
+			ln.Close()
+		}
+		a.wg.Wait()
+		for {
+			select {
+			case c := <-a.conns:
+				c.Close()
+			default:
+				return
+			}
+		}
+	})
+	return nil
+}
+
+// Addr implements net.Listener.
+func (a *anyOf) Addr() net.Addr { return a.lns[0].Addr() }

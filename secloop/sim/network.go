@@ -1,0 +1,232 @@
+package sim
+
+import (
+	"context"
+	"fmt"
+	"net"
+	"net/netip"
+	"sync"
+	"time"
+
+	"trainerd/secloop/scenario"
+)
+
+// network is one episode's wire, packet filter and SYN queues. Time does not
+// pass on it: what is dropped times out at once, and a limit per minute never refills.
+type network struct {
+	mu        sync.Mutex
+	listeners map[netip.AddrPort]*listener
+	rules     []scenario.Rule
+	used      []int // new connections that rule i has let through
+	sysctls   map[string]string
+	halfOpen  map[netip.AddrPort]int
+	dropped   map[netip.AddrPort]int            // SYNs that found the queue full
+	open      map[netip.Addr]map[netip.Addr]int // open connections by destination and source
+}
+
+func newNetwork() *network {
+	return &network{
+		listeners: map[netip.AddrPort]*listener{}, sysctls: map[string]string{"net.ipv4.tcp_syncookies": "0"},
+		halfOpen: map[netip.AddrPort]int{}, dropped: map[netip.AddrPort]int{}, open: map[netip.Addr]map[netip.Addr]int{},
+	}
+}
+
+func (n *network) addRule(r scenario.Rule) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	n.rules = append(n.rules, r)
+	n.used = append(n.used, 0)
+}
+
+func (n *network) setSysctl(s scenario.Sysctl) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	n.sysctls[s.Key] = s.Value
+}
+
+// timeout is the error of a packet that nobody answers.
+type timeout struct{ dst netip.AddrPort }
+
+func (t timeout) Error() string { return fmt.Sprintf("dial %s: i/o timeout", t.dst) }
+func (timeout) Timeout() bool   { return true }
+
+// passes says whether the filter lets a new connection through; mu is held.
+// Packets cross the filter only between blue and the rest, and a connection
+// needs both directions.
+func (n *network) passes(src netip.Addr, dst netip.AddrPort) bool {
+	in := scenario.HostNet.Contains(dst.Addr()) && !scenario.HostNet.Contains(src)
+	out := scenario.HostNet.Contains(src) && !scenario.HostNet.Contains(dst.Addr())
+	if !in && !out {
+		return true
+	}
+	for i, r := range n.rules {
+		from, to := src, dst.Addr()
+		if r.Out == in { // the rule looks at the answers
+			if !r.Established {
+				continue
+			}
+			from, to = to, from
+		}
+		if r.Src.IsValid() && r.Src != from || r.Dst.IsValid() && r.Dst != to || r.Port != 0 && r.Port != dst.Port() {
+			continue
+		}
+		switch {
+		case r.PerMinute > 0:
+			if n.used[i] >= r.PerMinute {
+				return false
+			}
+			n.used[i]++
+		case r.PerSource > 0:
+			if n.open[to][from] >= r.PerSource {
+				return false
+			}
+		default:
+			return false
+		}
+	}
+	return true
+}
+
+// Dial implements scenario.Stand.
+func (n *network) Dial(ctx context.Context, src netip.Addr, dst netip.AddrPort) (net.Conn, error) {
+	n.mu.Lock()
+	ok := n.passes(src, dst)
+	ln := n.listeners[dst]
+	if ok && ln != nil && n.halfOpen[dst] >= scenario.Backlog && n.sysctls["net.ipv4.tcp_syncookies"] == "0" {
+		n.dropped[dst]++
+		ok = false
+	}
+	if ok && ln != nil {
+		if n.open[dst.Addr()] == nil {
+			n.open[dst.Addr()] = map[netip.Addr]int{}
+		}
+		n.open[dst.Addr()][src]++
+	}
+	n.mu.Unlock()
+	if !ok {
+		return nil, timeout{dst}
+	}
+	if ln == nil {
+		return nil, fmt.Errorf("dial %s: connection refused", dst)
+	}
+	near, far := net.Pipe()
+	local := netip.AddrPortFrom(src, 40000)
+	var once sync.Once
+	closed := func() {
+		once.Do(func() {
+			n.mu.Lock()
+			n.open[dst.Addr()][src]--
+			n.mu.Unlock()
+		})
+	}
+	select {
+	case ln.queue <- &conn{far, dst, local, closed}:
+		return &conn{near, local, dst, closed}, nil
+	case <-ln.done:
+		closed()
+		return nil, fmt.Errorf("dial %s: connection refused", dst)
+	case <-ctx.Done():
+		closed()
+		return nil, ctx.Err()
+	}
+}
+
+// Listen implements scenario.Stand.
+func (n *network) Listen(at netip.AddrPort) (net.Listener, error) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	if n.listeners[at] != nil {
+		return nil, fmt.Errorf("listen %s: address in use", at)
+	}
+	ln := &listener{network: n, at: at, queue: make(chan *conn, scenario.Backlog), done: make(chan struct{})}
+	n.listeners[at] = ln
+	return ln, nil
+}
+
+// Patience implements scenario.Stand; nothing has to be waited for.
+func (n *network) Patience() time.Duration { return 0 }
+
+// Syn implements scenario.Flooder.
+func (n *network) Syn(ctx context.Context, dst netip.AddrPort, count int) (int, error) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	for i := range count {
+		if n.passes(scenario.Forged(i), dst) && n.listeners[dst] != nil {
+			if n.halfOpen[dst] < scenario.Backlog {
+				n.halfOpen[dst]++
+			} else {
+				n.dropped[dst]++
+			}
+		}
+	}
+	return count, ctx.Err()
+}
+
+// kernelEvents is what the kernel's counters would tell.
+func (n *network) kernelEvents() []scenario.Event {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	total := 0
+	for _, c := range n.dropped {
+		total += c
+	}
+	if total == 0 {
+		return nil
+	}
+	return []scenario.Event{{Kind: scenario.SynOverflow, Detail: fmt.Sprint(total)}}
+}
+
+type conn struct {
+	net.Conn
+	local, remote netip.AddrPort
+	closed        func()
+}
+
+func (c *conn) LocalAddr() net.Addr  { return net.TCPAddrFromAddrPort(c.local) }
+func (c *conn) RemoteAddr() net.Addr { return net.TCPAddrFromAddrPort(c.remote) }
+
+// Close implements net.Conn.
+func (c *conn) Close() error {
+	c.closed()
+	return c.Conn.Close()
+}
+
+type listener struct {
+	network *network
+	at      netip.AddrPort
+	queue   chan *conn
+	once    sync.Once
+	done    chan struct{}
+}
+
+// Accept implements net.Listener.
+func (l *listener) Accept() (net.Conn, error) {
+	select {
+	case c := <-l.queue:
+		return c, nil
+	case <-l.done:
+		return nil, net.ErrClosed
+	}
+}
+
+// Close implements net.Listener.
+func (l *listener) Close() error {
+	l.once.Do(func() {
+		close(l.done)
+		l.network.mu.Lock()
+		delete(l.network.listeners, l.at)
+		l.network.mu.Unlock()
+		for {
+			select {
+			case c := <-l.queue:
+				c.Close()
+			default:
+				return
+			}
+		}
+	})
+	return nil
+}
+
+// Addr implements net.Listener.
+func (l *listener) Addr() net.Addr { return net.TCPAddrFromAddrPort(l.at) }

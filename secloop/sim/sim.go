@@ -1,0 +1,92 @@
+package sim
+
+import (
+	"context"
+	"fmt"
+
+	"trainerd/secloop"
+	"trainerd/secloop/blue"
+	"trainerd/secloop/red"
+	"trainerd/secloop/scenario"
+)
+
+// Field is the simulated battle-field. It is safe for concurrent use.
+type Field struct{}
+
+// Run implements secloop.Battlefield.
+func (f Field) Run(ctx context.Context, a secloop.Alert, s secloop.Strategy) (secloop.Feedback, error) {
+	out, err := f.Play(ctx, a, s)
+	return out.Feedback, err
+}
+
+// Play runs one episode and says everything about it.
+func (Field) Play(ctx context.Context, a secloop.Alert, s secloop.Strategy) (scenario.Outcome, error) {
+	if err := ctx.Err(); err != nil {
+		return scenario.Outcome{}, err
+	}
+	ep, err := scenario.New(a)
+	if err != nil {
+		return scenario.Outcome{}, err
+	}
+	n := newNetwork()
+	b, err := blue.Start(ep, n)
+	if err != nil {
+		return scenario.Outcome{}, fmt.Errorf("build simulated field: %w", err)
+	}
+	t := &teams{network: n, blue: b, red: red.New(ep, n)}
+	defer b.Close()
+	defer t.red.Release()
+	return scenario.Play(ctx, ep, s, t)
+}
+
+// teams implements scenario.Sides.
+type teams struct {
+	network *network
+	blue    *blue.Blue
+	red     *red.Red
+}
+
+func (t *teams) Apply(_ context.Context, a scenario.Action) error {
+	for _, e := range a.Effects {
+		switch {
+		case e.Rule != nil:
+			t.network.addRule(*e.Rule)
+		case e.Sysctl != nil:
+			t.network.setSysctl(*e.Sysctl)
+		case e.Setting != nil:
+			if err := t.blue.Set(*e.Setting); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
+}
+
+func (t *teams) Attack(ctx context.Context, i int) (scenario.Result, error) {
+	if t.red.Listens(i) {
+		if err := t.red.Prepare(i); err != nil {
+			return scenario.Result{}, err
+		}
+		if !t.blue.Tick(ctx) {
+			return scenario.Result{Error: "nobody came"}, nil
+		}
+	}
+	return t.red.Run(ctx, i), nil
+}
+
+func (t *teams) Release(context.Context) error {
+	t.red.Release()
+	return nil
+}
+
+func (t *teams) Users(ctx context.Context, host string, n int) (int, error) {
+	h, ok := scenario.HostByName(host)
+	if !ok {
+		return 0, fmt.Errorf("unknown host %q", host)
+	}
+	return blue.Users(ctx, t.network, scenario.User, h, n), nil
+}
+
+func (t *teams) Events(context.Context) ([]scenario.Event, error) {
+	return append(t.blue.Events(), t.network.kernelEvents()...), nil
+}
