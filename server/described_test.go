@@ -116,7 +116,7 @@ func described(t testing.TB) func(http.Handler) http.Handler {
 			request.Body = io.NopCloser(&sent)
 			in := &openapi3filter.RequestValidationInput{
 				Request: request, PathParams: params,
-				Route:   &routers.Route{Spec: doc, Path: pattern, PathItem: item, Method: r.Method, Operation: item.GetOperation(r.Method)},
+				Route: &routers.Route{Spec: doc, Path: pattern, PathItem: item, Method: r.Method, Operation: item.GetOperation(r.Method)},
 				// Who is let in is the guard's; see access_test.go.
 				Options: &openapi3filter.Options{IncludeResponseStatus: true, MultiError: true, AuthenticationFunc: openapi3filter.NoopAuthenticationFunc},
 			}

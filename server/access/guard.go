@@ -75,47 +75,34 @@ func (g *Guard) Middleware(next echo.HandlerFunc) echo.HandlerFunc {
 			Time: now.UTC(), RequestID: c.Response().Header().Get("X-Request-Id"), Remote: host(r.RemoteAddr), Subject: subject(r),
 			Route: r.Method + " " + c.Path(), Job: clip(c.Param("job")), BytesIn: r.ContentLength,
 		}
-		silent := false
-		defer func() {
-			if p := recover(); p != nil {
-				if !c.Response().Committed {
-					e.Status = http.StatusInternalServerError
-				}
-				g.audit(c, e, now)
-				panic(p) // the server answers
-			}
-			if !silent {
-				g.audit(c, e, now)
-			}
-		}()
 		tok, why, err := g.admit(c, now)
-		e.Token = tok.ID
-		if err == nil {
-			if g.slots != nil {
-				select {
-				case g.slots <- struct{}{}:
-					defer func() { <-g.slots }()
-				default:
-					why, err = "too many requests at once", &fault.Error{Kind: fault.Busy, Code: "too_many_requests", RetryAfter: time.Second,
-						Msg: "the server answers as many requests as it may at once"}
-				}
+		if err == nil && g.slots != nil {
+			select {
+			case g.slots <- struct{}{}:
+				defer func() { <-g.slots }()
+			default:
+				why, err = "too many requests at once", &fault.Error{Kind: fault.Busy, Code: "too_many_requests", RetryAfter: time.Second,
+					Msg: "the server answers as many requests as it may at once"}
 			}
 		}
-		e.Refused = why
+		e.Token, e.Refused = tok.ID, why
+		if why != flood { // the refusals before it are in the log
+			e.Status = http.StatusInternalServerError // if the handler panics
+			defer func() { g.audit(e, now) }()
+		}
 		if err == nil {
 			c.SetRequest(r.WithContext(context.WithValue(r.Context(), identityKey{}, tok.ID)))
 			err = next(c)
 		}
-		if why == flood {
-			silent = true // the refusals before it are in the log
-		}
 		if err != nil {
 			c.Error(err) // answers; the status is known from here on
 		}
+		e.Status, e.BytesOut = c.Response().Status, c.Response().Size
 		return nil
 	}
 }
 
+// flood is why a refusal is not written down.
 const flood = "too many wrong tokens"
 
 // admit says who a request is from and whether they may make it.
@@ -163,14 +150,10 @@ func bearer(r *http.Request) string {
 	return strings.TrimSpace(token)
 }
 
-func (g *Guard) audit(c echo.Context, e Entry, began time.Time) {
+func (g *Guard) audit(e Entry, began time.Time) {
 	if g.opts.Audit == nil {
 		return
 	}
-	if e.Status == 0 {
-		e.Status = c.Response().Status
-	}
-	e.BytesOut = c.Response().Size
 	e.Seconds = g.opts.Now().Sub(began).Seconds()
 	if err := g.opts.Audit.Write(e); err != nil {
 		g.opts.Logger.Error("audit log", "request_id", e.RequestID, "err", err)

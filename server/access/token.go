@@ -4,7 +4,6 @@ import (
 	"crypto/rand"
 	"crypto/sha256"
 	"crypto/subtle"
-	"encoding/base64"
 	"encoding/hex"
 	"strings"
 	"time"
@@ -49,7 +48,7 @@ func mint() (t Token, text string) {
 	rand.Read(secret[:])
 	sum := sha256.Sum256(secret[:])
 	t = Token{ID: hex.EncodeToString(id[:]), SHA256: hex.EncodeToString(sum[:])}
-	return t, tokenPrefix + t.ID + "_" + base64.RawURLEncoding.EncodeToString(secret[:])
+	return t, tokenPrefix + t.ID + "_" + hex.EncodeToString(secret[:])
 }
 
 // parse splits a token's text. What is no token gives a zero secret and ok false.
@@ -59,7 +58,7 @@ func parse(text string) (id string, secret [secretBytes]byte, ok bool) {
 	if !ok || !cut || len(id) != 2*idBytes {
 		return "", secret, false
 	}
-	raw, err := base64.RawURLEncoding.Strict().DecodeString(encoded)
+	raw, err := hex.DecodeString(encoded)
 	if err != nil || len(raw) != secretBytes {
 		return "", secret, false
 	}

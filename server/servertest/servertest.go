@@ -6,6 +6,7 @@ package servertest
 import (
 	"context"
 	"fmt"
+	"log/slog"
 	"math/rand/v2"
 	"net"
 	"net/http"
@@ -13,6 +14,8 @@ import (
 	"path/filepath"
 	"testing"
 	"time"
+
+	"github.com/labstack/echo/v4"
 
 	"trainerd/kernels"
 	"trainerd/kernels/cpu"
@@ -58,6 +61,9 @@ type Options struct {
 	DType        string                          // of the default model; "" is F32
 	WrapStore    func(storage.Blob) storage.Blob // around the checkpoint store, to inject failures
 	OpenStore    func(ctx context.Context, url string) (storage.Blob, error)
+	Guard        echo.MiddlewareFunc
+	Sources      func(source string) (string, error)
+	Logger       *slog.Logger
 }
 
 // Env is a running server. Its directories outlive Stop, for a restart.
@@ -109,11 +115,11 @@ func (e *Env) boot(t testing.TB, dev kernels.Device) {
 		blob = e.opts.WrapStore(blob)
 	}
 	e.Manager, err = trainer.NewManager(trainer.Options{Device: dev, DataDir: e.DataDir, Store: blob, OpenStore: e.opts.OpenStore,
-		Version: "test", Limits: e.opts.Limits})
+		Version: "test", Limits: e.opts.Limits, Sources: e.opts.Sources, Logger: e.opts.Logger})
 	if err != nil {
 		t.Fatal(err)
 	}
-	e.Server = server.New(server.Options{Manager: e.Manager, Version: "test", Limits: e.opts.ServerLimits})
+	e.Server = server.New(server.Options{Manager: e.Manager, Version: "test", Limits: e.opts.ServerLimits, Guard: e.opts.Guard, Logger: e.opts.Logger})
 	hs := e.Server.HTTPServer()
 	if e.opts.Wrap != nil {
 		hs.Handler = e.opts.Wrap(e.Server)
