@@ -74,6 +74,7 @@ func (j *Job) Submit(ctx context.Context, body []byte, key string) (Receipt, err
 
 	j.intake.Lock()
 	defer j.intake.Unlock()
+	defer crashpoint.Enter(crashpoint.Append)()
 	if r, known, err := j.acceptedBefore(key, digest); known || err != nil {
 		return r, err
 	}

@@ -14,6 +14,7 @@ import (
 	"sync"
 	"time"
 
+	"trainerd/internal/durable"
 	"trainerd/internal/fault"
 	"trainerd/kernels"
 	"trainerd/storage"
@@ -101,7 +102,7 @@ func NewManager(o Options) (*Manager, error) {
 	if o.Logger == nil {
 		o.Logger = slog.New(slog.DiscardHandler)
 	}
-	if err := os.MkdirAll(filepath.Join(o.DataDir, "jobs"), 0o750); err != nil {
+	if err := durable.MkdirAll("data.dir_name", filepath.Join(o.DataDir, "jobs"), 0o750); err != nil {
 		return nil, fmt.Errorf("make data directory: %w", err)
 	}
 	db, err := openRecords(filepath.Join(o.DataDir, "trainerd.db"))

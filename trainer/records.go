@@ -8,11 +8,13 @@ import (
 	"errors"
 	"fmt"
 	"math"
+	"path/filepath"
 	"time"
 
 	"go.etcd.io/bbolt"
 
 	"trainerd/internal/crashpoint"
+	"trainerd/internal/durable"
 	"trainerd/internal/fault"
 	"trainerd/model"
 )
@@ -161,6 +163,10 @@ func openRecords(path string) (*records, error) {
 		}
 		return nil, fmt.Errorf("open %s: %w", path, err)
 	}
+	if err := durable.SyncDir("records.name", filepath.Dir(path)); err != nil {
+		db.Close()
+		return nil, fmt.Errorf("open %s: %w", path, err)
+	}
 	r := &records{db: db}
 	err = r.update(func(tx *bbolt.Tx) error {
 		for _, name := range [][]byte{bucketMeta, bucketJobs, bucketSteps, bucketIdem} {
@@ -199,6 +205,8 @@ func put(b *bbolt.Bucket, key []byte, v any) error {
 
 // createJob writes a new job and, with a key, what the key was used for.
 func (r *records) createJob(j jobRecord, key, digest string) error {
+	defer crashpoint.Reach("job.recorded")
+	crashpoint.Reach("job.before_record")
 	return r.update(func(tx *bbolt.Tx) error {
 		if key != "" {
 			if err := put(tx.Bucket(bucketIdem), []byte(key), idemRecord{Digest: digest, Job: j.ID}); err != nil {

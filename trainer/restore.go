@@ -85,18 +85,30 @@ func (j *Job) adopt(base *baseModel) error {
 	return j.m.db.putJob(j.rec, nil)
 }
 
+// settler is a store in which what a killed process left may not be durable yet.
+type settler interface {
+	Settle(prefix string) error
+}
+
 // findSnapshot returns the newest whole checkpoint with state that the step
-// records know, nil when there is none, and makes the newest one the job's latest.
+// records know, nil when there is none, and makes the newest one the job's latest,
+// in the store as well.
 func (j *Job) findSnapshot(ctx context.Context) (*storage.Manifest, error) {
+	if s, ok := j.m.ckpts.Blob.(settler); ok {
+		if err := s.Settle("jobs/" + string(j.ID)); err != nil {
+			return nil, storeFault("settle checkpoints", err)
+		}
+	}
 	all, err := j.m.ckpts.List(ctx, string(j.ID))
 	if err != nil {
 		return nil, storeFault("list checkpoints", err)
 	}
-	var snap, latest *storage.Manifest
 	j.mu.Lock()
-	defer j.mu.Unlock()
+	done := j.rec.Step
+	j.mu.Unlock()
+	var snap, latest *storage.Manifest
 	for i := range all {
-		if all[i].Step > j.rec.Step {
+		if all[i].Step > done {
 			continue
 		}
 		latest = &all[i]
@@ -104,6 +116,13 @@ func (j *Job) findSnapshot(ctx context.Context) (*storage.Manifest, error) {
 			snap = &all[i]
 		}
 	}
+	if latest != nil { // a crash may have come between its manifest and latest.json
+		if err := j.m.ckpts.Promote(ctx, *latest); err != nil {
+			return nil, storeFault("name the latest checkpoint", err)
+		}
+	}
+	j.mu.Lock()
+	defer j.mu.Unlock()
 	j.latest = latest
 	if snap != nil {
 		j.snapshot = snap.Step

@@ -246,6 +246,7 @@ func (j *Job) compute(ctx context.Context, c *consumption) (StepRecord, error) {
 
 // record makes a step that is done durable, and then visible.
 func (j *Job) record(rec StepRecord) error {
+	defer crashpoint.Enter(crashpoint.Record)()
 	j.mu.Lock()
 	defer j.mu.Unlock()
 	if j.state.Final() { // cancelled meanwhile; its groups are refused already

@@ -18,7 +18,7 @@ const module = "trainerd"
 // matching folder decides.
 type rule struct {
 	dir  string
-	may  []string // folders; a folder allows what lies below it. internal/fault and internal/crashpoint always are
+	may  []string // folders; a folder allows what lies below it. internal/fault, crashpoint and durable always are
 	uses []string // reserved outside modules
 }
 
@@ -26,6 +26,7 @@ var rules = []rule{
 	{dir: "internal/fault"},
 	{dir: "internal/archtest"},
 	{dir: "internal/crashpoint"},
+	{dir: "internal/durable"},
 	{dir: "internal/crashtest"}, // only its tests import anything
 	{dir: "kernels", may: []string{"kernels"}, uses: []string{"gorgonia.org/tensor"}},
 	{dir: "kernels/cuda", may: []string{"kernels"}, uses: []string{"gorgonia.org/tensor", "gorgonia.org/cu"}},
@@ -119,7 +120,7 @@ func ruleFor(dir string) (rule, bool) {
 
 func allowed(r rule, path string, isTest bool) bool {
 	if in, ok := strings.CutPrefix(path, module+"/"); ok {
-		if below(in, "internal/fault") || below(in, "internal/crashpoint") || below(in, r.dir) {
+		if below(in, "internal/fault") || below(in, "internal/crashpoint") || below(in, "internal/durable") || below(in, r.dir) {
 			return true
 		}
 		for _, m := range r.may {

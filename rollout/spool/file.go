@@ -7,7 +7,7 @@ import (
 	"path/filepath"
 	"syscall"
 
-	"trainerd/internal/crashpoint"
+	"trainerd/internal/durable"
 )
 
 // file is an open segment.
@@ -40,10 +40,7 @@ type osDisk struct {
 const lockName = "lock"
 
 func openDisk(dir string) (*osDisk, error) {
-	if err := os.MkdirAll(dir, 0o755); err != nil {
-		return nil, err
-	}
-	if err := syncDir("spool.dir_name", filepath.Dir(dir)); err != nil {
+	if err := durable.MkdirAll("spool.dir_name", dir, 0o755); err != nil {
 		return nil, err
 	}
 	lock, err := os.OpenFile(filepath.Join(dir, lockName), os.O_RDWR|os.O_CREATE, 0o644)
@@ -86,7 +83,7 @@ func open(path string, flags int) (file, error) {
 }
 
 func (d *osDisk) Remove(name string) error { return os.Remove(filepath.Join(d.dir, name)) }
-func (d *osDisk) Sync() error              { return syncDir("", d.dir) }
+func (d *osDisk) Sync() error              { return durable.SyncDir("", d.dir) }
 func (d *osDisk) Close() error             { return d.lock.Close() }
 
 type osFile struct{ *os.File }
@@ -97,16 +94,4 @@ func (f osFile) Size() (int64, error) {
 		return 0, err
 	}
 	return info.Size(), nil
-}
-
-func syncDir(name, dir string) error {
-	d, err := os.Open(dir)
-	if err != nil {
-		return err
-	}
-	if err := crashpoint.Sync(name, d); err != nil {
-		d.Close()
-		return err
-	}
-	return d.Close()
 }

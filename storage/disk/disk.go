@@ -10,9 +10,11 @@ import (
 	"os"
 	"path"
 	"path/filepath"
+	"strings"
 	"syscall"
 
 	"trainerd/internal/crashpoint"
+	"trainerd/internal/durable"
 	"trainerd/internal/fault"
 	"trainerd/storage"
 )
@@ -42,7 +44,7 @@ func Open(dir string) (*Store, error) {
 		return nil, fault.New(fault.Invalid, "bad_directory", "open store %s: %w", dir, err)
 	}
 	s := &Store{dir: abs, turn: make(chan struct{}, 1)}
-	if err := os.MkdirAll(abs, 0o755); err != nil {
+	if err := durable.MkdirAll("store.dir_name", abs, 0o755); err != nil {
 		return nil, s.fault("open", "", err)
 	}
 	if s.root, err = os.OpenRoot(abs); err != nil {
@@ -63,6 +65,27 @@ func Open(dir string) (*Store, error) {
 
 // Close releases the directory. Readers that are open stay usable.
 func (s *Store) Close() error { return s.root.Close() }
+
+// Settle makes durable what keys under a prefix are there: a process that was
+// killed may have left some that a power cut could still take back.
+func (s *Store) Settle(prefix string) error {
+	dir := strings.TrimSuffix(prefix, "/")
+	if err := storage.CheckKey(dir); err != nil {
+		return err
+	}
+	if _, err := s.root.Stat(dir); missing(err) {
+		return nil
+	}
+	for at := dir; at != "."; at = path.Dir(at) {
+		if err := s.syncDir("store.settled", path.Dir(at)); err != nil {
+			return s.fault("settle", prefix, err)
+		}
+	}
+	if err := durable.SyncTree("store.settled", filepath.Join(s.dir, filepath.FromSlash(dir))); err != nil {
+		return s.fault("settle", prefix, err)
+	}
+	return nil
+}
 
 // Dir is the store's directory as an absolute path.
 func (s *Store) Dir() string { return s.dir }
