@@ -83,6 +83,9 @@ func (m *Manager) checkpointOf(ctx context.Context, ref jobSource) (storage.Mani
 	if errors.Is(err, storage.ErrNotFound) {
 		return man, fault.BadField("model.source", fmt.Sprintf("job %s without such a checkpoint", ref.Job), "a published checkpoint")
 	}
+	if e, ok := fault.As(err); ok && e.Kind == fault.Internal { // the checkpoint is damaged, and the request named it
+		return man, badModel(fmt.Sprintf("%s%s", schemeJob, ref.Job), err)
+	}
 	return man, storeFault("look up the source checkpoint", err)
 }
 
