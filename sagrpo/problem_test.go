@@ -18,8 +18,7 @@ type shape struct {
 	incomplete bool    // one group has fewer rollouts
 	sampler    float64 // share of rollouts with the sampler's log-probs
 	weights    bool
-	single     bool // groups of one rollout, as cross_entropy has
-	steps      int  // tables of log-probs, one per iteration
+	steps      int // tables of log-probs, one per iteration
 }
 
 // problem is groups with the tables that a fakePolicy answers from.

@@ -125,8 +125,8 @@ func TestRolloutRefusals(t *testing.T) {
 	}
 	whole := encode(t, valid(), "")
 	long := &rollout.Batch{HasReward: true} // 512 KiB of zeros compress to almost nothing
-	for i := range 4 {
-		long.Rollouts = append(long.Rollouts, rollout.Rollout{GroupID: "x", Prompt: []int32{2}, Completion: make([]int32, 32<<10), PolicyStep: int64(i % 1)})
+	for range 4 {
+		long.Rollouts = append(long.Rollouts, rollout.Rollout{GroupID: "x", Prompt: []int32{2}, Completion: make([]int32, 32<<10), PolicyStep: 0})
 	}
 	bomb := encode(t, long, "zstd")
 	if len(bomb) > 32<<10 {

@@ -1,4 +1,3 @@
-// Package archtest holds the import rules of docs/architecture.md: dependencies point one way.
 package archtest
 
 import (
