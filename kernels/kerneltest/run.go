@@ -13,7 +13,10 @@ import (
 	"trainerd/kernels"
 )
 
-var seedFlag = flag.Uint64("kerneltest.seed", 0, "seed of the random inputs; 0 takes a fresh one")
+var (
+	seedFlag   = flag.Uint64("kerneltest.seed", 0, "seed of the random inputs; 0 takes a fresh one")
+	budgetFlag = flag.Float64("kerneltest.budget", 0, "greatest cost of a case in multiply-adds; 0: what the device affords")
+)
 
 // u32 is the unit roundoff of float32.
 const u32 = 1.0 / (1 << 24)
@@ -66,6 +69,9 @@ func newEnv(t *testing.T, dev kernels.Device, rng *rand.Rand) *env {
 	e := &env{T: t, dev: dev, rng: rng, act: info.Compute, grad: info.GradType, u: roundoff(info.Compute), uGrad: roundoff(info.GradType), budget: 1e14}
 	if info.Name == "cpu" {
 		e.budget = 2e8
+	}
+	if *budgetFlag > 0 {
+		e.budget = *budgetFlag
 	}
 	return e
 }

@@ -1,0 +1,22 @@
+#!/usr/bin/env bash
+# build.sh OUT: compiles all kernels with g++ against the emulator (../emu) into
+# OUT/libemulated.so, for go test -tags cudaemu.
+set -euo pipefail
+out=$(mkdir -p "$1" && cd "$1" && pwd)
+cd "$(dirname "$0")"
+flags=(-std=c++17 -O2 -fPIC -ffp-contract=off -fno-strict-aliasing -w -DTRAINERD_EMU -I../emu -I..)
+objects=()
+compile() { # source object extra...
+  local source=$1 object=$2
+  shift 2
+  objects+=("$object")
+  if [ ! -f "$object" ] || [ -n "$(find "$source" ../*.cuh ../emu/emu.h ../emu/kernels.h "$out/calls.inc" -newer "$object" 2>/dev/null)" ]; then
+    g++ "${flags[@]}" "$@" -c -o "$object" "$source"
+  fi
+}
+for f in ../*.cu; do compile "$f" "$out/$(basename "$f" .cu).o" -include ../emu/kernels.h -x c++; done
+nm --defined-only "${objects[@]}" | awk '$2 == "T" && $3 !~ /^_/ { print "KERNEL(" $3 ")" }' | sort -u >"$out/calls.new"
+cmp -s "$out/calls.new" "$out/calls.inc" || mv "$out/calls.new" "$out/calls.inc"
+compile ../emu/emu.cc "$out/emu.o"
+compile emulated.cc "$out/emulated.o" -I"$out"
+g++ -shared -o "$out/libemulated.so" "${objects[@]}"
