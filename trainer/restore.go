@@ -25,6 +25,7 @@ const sweepAge = 6 * time.Hour
 // load brings the job's model to the device. A new job starts from its base; a
 // restored one from its newest snapshot, from which the recorded steps are replayed.
 func (j *Job) load(ctx context.Context, base *baseModel, restored bool) (snap *storage.Manifest, err error) {
+	defer crashpoint.Enter(crashpoint.Load)()
 	if base == nil {
 		if base, err = j.m.resolve(ctx, j.ID, j.rec.Source); err != nil {
 			return nil, err

@@ -23,11 +23,12 @@ const (
 	Retain               // old checkpoints are being deleted
 	Step                 // an optimizer step is on the device
 	Replay               // the log is read and steps are repeated after a start
+	Load                 // the model and its snapshot are read
 	Boot                 // the process has begun and is not listening yet
 	Phases               // how many there are
 )
 
-var phaseNames = [Phases]string{"append", "record", "commit", "publish", "retain", "step", "replay", "boot"}
+var phaseNames = [Phases]string{"append", "record", "commit", "publish", "retain", "step", "replay", "load", "boot"}
 
 // String names the phase.
 func (p Phase) String() string {

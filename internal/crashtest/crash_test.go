@@ -18,7 +18,7 @@ import (
 )
 
 var (
-	kills = flag.Int("kills", 220, "deaths of the server, at least")
+	kills = flag.Int("kills", 110, "deaths of the server in each test, at least")
 	seed  = flag.Uint64("seed", 1, "of every choice; run N of a test uses seed+N")
 )
 
@@ -36,25 +36,31 @@ var points = map[string]int{
 // most is the latest moment of a random death after the server listens.
 const most = 150 * time.Millisecond
 
-// schedule draws the deaths of a run.
-func schedule(r *rand.Rand, n int, power bool) []strike {
-	names := make([]string, 0, len(points))
+// schedule draws the deaths of run n: every other one at a point, in turn, so
+// that each point has its turn; the rest at random moments.
+func schedule(n uint64, r *rand.Rand, deaths int, power bool) []strike {
+	var names []string
 	for name := range points {
-		names = append(names, name)
+		if !strings.HasPrefix(name, "job.") { // a job is created in the first life only
+			names = append(names, name)
+		}
 	}
 	slices.Sort(names)
-	out := make([]strike, n)
+	out := make([]strike, deaths)
 	for i := range out {
-		s := strike{after: time.Duration(r.Int64N(int64(most))), power: power && r.IntN(3) > 0}
-		if r.IntN(2) == 0 {
-			s.at = names[r.IntN(len(names))]
+		s := strike{after: time.Duration(r.Int64N(int64(most))), early: r.IntN(8) == 0, power: power && r.IntN(3) > 0}
+		if i%2 == 0 {
+			s.at = names[(n*uint64(deaths/2)+uint64(i/2))%uint64(len(names))]
 			s.n = 1 + r.IntN(points[s.at])
-			s.after = 3 * most
+			s.after = 5 * most
 		}
 		out[i] = s
 	}
-	if r.IntN(3) == 0 { // a job is created in the first life only
-		out[0].at, out[0].n = []string{"job.before_record", "job.recorded"}[r.IntN(2)], 1
+	switch n % 6 {
+	case 0:
+		out[0].at, out[0].n = "job.before_record", 1
+	case 3:
+		out[0].at, out[0].n = "job.recorded", 1
 	}
 	return out
 }
@@ -86,7 +92,7 @@ func storm(t *testing.T, power bool) {
 				}
 				rng := rand.New(rand.NewPCG(*seed+n, 5))
 				v := int(n) % len(variants)
-				r := run{variant: variants[v], modelDir: modelDir, ref: refs[v], strikes: schedule(rng, perRun, power), rng: rng}
+				r := run{variant: variants[v], modelDir: modelDir, ref: refs[v], strikes: schedule(n, rng, perRun, power), rng: rng}
 				at := filepath.Join(dir, variants[v].name+strings.Repeat("x", int(n)/len(variants)))
 				if _, err := r.do(total, at); err != nil {
 					t.Errorf("seed %d, %s, strikes %+v: %v", *seed+n, variants[v].name, r.strikes, err)
@@ -104,7 +110,7 @@ func (total *tally) report(t *testing.T, runs uint64, took time.Duration) {
 	inside := 0
 	for p := range crashpoint.Phases + 1 {
 		t.Logf("%-8s %4d %s", p, total.phases[p], strings.Repeat("#", total.phases[p]*60/max(total.deaths, 1)))
-		if p < crashpoint.Boot {
+		if p < crashpoint.Load {
 			inside += total.phases[p]
 		}
 	}

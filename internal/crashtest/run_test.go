@@ -30,7 +30,7 @@ import (
 
 // Shape of a run: batches of two groups, each a step, and one group that stays open.
 const (
-	batches   = 14
+	batches   = 20
 	groupSize = 4
 	lag       = 4
 )
@@ -46,7 +46,7 @@ type variant struct {
 
 var variants = []variant{
 	{"f32", 1, "F32", map[string]any{"snapshot_every_steps": 3, "keep_last": 2}, false},
-	{"bf16-iterations", 2, "BF16", map[string]any{"snapshot_every_steps": 5, "keep_last": 0}, false},
+	{"bf16-iterations", 2, "BF16", map[string]any{"snapshot_every_steps": 5, "keep_last": 4}, false},
 	{"lag-replay", 1, "F32", map[string]any{"snapshot_every_steps": 0, "publish_every_steps": 2, "keep_last": 3}, true},
 }
 
@@ -127,7 +127,8 @@ func digest(m storage.Manifest, prefix string) string {
 type strike struct {
 	at    string        // point, "" for none
 	n     int           // at the n-th time
-	after time.Duration // at this time after it listens, unless the point came first
+	after time.Duration // at this time after it goes on with its work, unless the point came first
+	early bool          // at this time after the process began
 	power bool          // a power cut, not kill -9 alone
 }
 
@@ -198,8 +199,10 @@ func (r run) do(t *tally, dir string) (out outcome, err error) {
 		}
 	})
 
-	for i := range r.strikes {
-		s := r.strikes[i]
+	for i, s := range r.strikes {
+		if r.ref != nil && w.reached() >= r.ref.Step {
+			break // nothing is left to disturb
+		}
 		at := ""
 		if s.at != "" {
 			at = fmt.Sprintf("%s:%d", s.at, s.n)
@@ -208,7 +211,9 @@ func (r run) do(t *tally, dir string) (out outcome, err error) {
 		if err != nil {
 			return out, err
 		}
-		p.listening()
+		if !s.early {
+			p.working()
+		}
 		select {
 		case <-p.ended:
 		case <-time.After(s.after):
@@ -230,6 +235,7 @@ func (r run) do(t *tally, dir string) (out outcome, err error) {
 			t.cuts, t.lost = t.cuts+1, t.lost+lost
 			t.mu.Unlock()
 		}
+		w.audit()
 		if err := w.fault(); err != nil {
 			return out, fmt.Errorf("after life %d: %w", i, err)
 		}

@@ -120,9 +120,9 @@ func (p *process) active() (in [crashpoint.Phases + 1]bool, err error) {
 	return in, nil
 }
 
-// listening waits until the process has listened, died or the time is over.
-func (p *process) listening() {
-	booting := false
+// working waits until the process is past its start, died or the time is over.
+func (p *process) working() {
+	begun := false
 	for end := time.Now().Add(10 * time.Second); time.Now().Before(end); time.Sleep(time.Millisecond) {
 		select {
 		case <-p.ended:
@@ -130,10 +130,11 @@ func (p *process) listening() {
 		default:
 		}
 		in, err := p.active()
-		if err == nil && booting && !in[crashpoint.Boot] {
+		starting := in[crashpoint.Boot] || in[crashpoint.Load] || in[crashpoint.Replay]
+		if err == nil && begun && !starting {
 			return
 		}
-		booting = booting || in[crashpoint.Boot]
+		begun = begun || starting
 	}
 }
 

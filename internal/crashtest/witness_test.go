@@ -4,6 +4,9 @@ package crashtest
 
 import (
 	"context"
+	"crypto/sha256"
+	"encoding/hex"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"os"
@@ -29,6 +32,7 @@ type witness struct {
 
 	mu    sync.Mutex
 	job   string
+	step  int64 // newest that the server told
 	first error
 	pulls int
 }
@@ -51,6 +55,12 @@ func (w *witness) name(job string) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	w.job = job
+}
+
+func (w *witness) reached() int64 {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return w.step
 }
 
 func (w *witness) known() string {
@@ -91,9 +101,10 @@ func (w *witness) watchStatus(ctx context.Context) {
 		case j.Step < step:
 			w.blame("the job went from step %d back to %d", step, j.Step)
 		}
-		if j.Step > step {
-			step = j.Step
-		}
+		step = max(step, j.Step)
+		w.mu.Lock()
+		w.step = step
+		w.mu.Unlock()
 		if j.State == "loading" {
 			continue // counts and the newest policy are being rebuilt
 		}
@@ -108,7 +119,7 @@ func (w *witness) watchStatus(ctx context.Context) {
 // store directly, and compares every byte with the policy of that step.
 func (w *witness) watchCheckpoints(ctx context.Context) {
 	c := impatient(w.url)
-	seen := int64(-1)
+	seen, served := int64(-1), int64(-1) // in the store, which is ahead of what is announced; over HTTP
 	for ; ctx.Err() == nil; time.Sleep(2 * time.Millisecond) {
 		id := w.known()
 		if id == "" {
@@ -117,10 +128,10 @@ func (w *witness) watchCheckpoints(ctx context.Context) {
 		w.quiet.RLock()
 		if m, err := c.Pull(ctx, id, client.Latest, filepath.Join(w.scratch, "http")); err == nil {
 			w.check("over HTTP", m)
-			if m.Step < seen && !w.power {
-				w.blame("the newest checkpoint over HTTP went from step %d back to %d", seen, m.Step)
+			if m.Step < served {
+				w.blame("the newest checkpoint over HTTP went from step %d back to %d", served, m.Step)
 			}
-			seen = max(seen, m.Step)
+			served, seen = max(served, m.Step), max(seen, m.Step)
 		}
 		if step, ok := w.pull(ctx, id); ok {
 			if step < seen && !w.power {
@@ -179,6 +190,34 @@ func contains(all []storage.Manifest, m storage.Manifest) bool {
 		}
 	}
 	return false
+}
+
+// audit looks at every checkpoint that a dead server left, without the code
+// under test: a manifest's files are there, with the bytes that it promises.
+func (w *witness) audit() {
+	found, err := filepath.Glob(filepath.Join(w.store, "jobs", "*", "checkpoints", "*", "manifest.json"))
+	if err != nil {
+		w.blame("%w", err)
+	}
+	for _, path := range found {
+		raw, err := os.ReadFile(path)
+		if err != nil {
+			w.blame("read a manifest: %w", err)
+			continue
+		}
+		var m storage.Manifest
+		if err := json.Unmarshal(raw, &m); err != nil {
+			w.blame("a torn manifest %s: %w", path, err)
+			continue
+		}
+		for _, f := range m.Files {
+			data, err := os.ReadFile(filepath.Join(filepath.Dir(path), filepath.FromSlash(f.Name)))
+			if sum := sha256.Sum256(data); err != nil || hex.EncodeToString(sum[:]) != f.SHA256 {
+				w.blame("a torn checkpoint: file %s of %s is not as its manifest says (%v)", f.Name, m.Prefix, err)
+			}
+		}
+		w.check("in the store", m)
+	}
 }
 
 // check holds what a manifest promises, and Pull has verified, against the reference.

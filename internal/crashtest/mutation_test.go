@@ -1,0 +1,88 @@
+//go:build crashpoints
+
+package crashtest
+
+import (
+	"fmt"
+	"math/rand/v2"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+)
+
+// mutation is a durable write that is left out, and deaths that show it. The
+// deaths alone must leave the suite green, with the mutation it must turn red.
+type mutation struct {
+	off     string
+	why     string // what it is for
+	variant int
+	strikes func(r *rand.Rand) []strike
+}
+
+// cuts are power cuts at a point, at a random passage each.
+func cuts(at string, passages, n int) func(*rand.Rand) []strike {
+	return func(r *rand.Rand) []strike {
+		out := make([]strike, n)
+		for i := range out {
+			out[i] = strike{at: at, n: 1 + r.IntN(passages), after: time.Second, power: true}
+		}
+		return out
+	}
+}
+
+var mutations = []mutation{
+	{"records.step", "the record of a step", 0, func(r *rand.Rand) []strike {
+		return []strike{{at: "step.recorded", n: 2 + r.IntN(3), after: time.Second}}
+	}},
+	{"records.fsync", "the sync of the database", 0, cuts("step.before_record", 4, 3)},
+	{"data.dir_name", "the sync of the data directory's names", 0, cuts("spool.frame_synced", 3, 2)},
+	{"spool.dir_name", "the sync of a new spool directory's name", 0, cuts("spool.frame_synced", 3, 2)},
+	{"spool.header", "the sync of a new segment's header", 0, cuts("spool.payload_written", 2, 5)},
+	{"spool.segment_name", "the sync of a new segment's name", 0, cuts("spool.payload_written", 4, 4)},
+	{"spool.frame", "the sync of an accepted batch", 0, cuts("spool.payload_written", 4, 4)},
+	{"spool.recovered", "the sync of a frame that a killed process wrote", 0, func(r *rand.Rand) []strike {
+		return []strike{{at: "spool.frame_written", n: 2, after: time.Second}, {at: "spool.payload_written", n: 1, after: time.Second, power: true}}
+	}},
+	{"store.dir_name", "the sync of a new directory's name in the store", 0, cuts("step.before_record", 4, 3)},
+	{"store.file", "the sync of a stored file", 0, cuts("step.before_record", 4, 3)},
+	{"store.file_name", "the sync of a stored file's name", 0, cuts("step.before_record", 4, 3)},
+	{"store.removed_name", "the sync of a removal", 0, cuts("step.before_record", 6, 5)},
+	{"store.settled", "the sync of names that a killed process left", 2, func(r *rand.Rand) []strike {
+		return []strike{{at: "store.renamed", n: 14 + r.IntN(6), after: time.Second}, {at: "store.copied", n: 2 + r.IntN(2), after: time.Second, power: true}}
+	}},
+}
+
+// TestMutations leaves each out in turn. The same run with everything in place
+// comes first, so that what turns red is the mutation.
+func TestMutations(t *testing.T) {
+	const tries = 6
+	modelDir, refs := references(t)
+	for _, m := range mutations {
+		t.Run(m.off, func(t *testing.T) {
+			t.Parallel()
+			total := &tally{points: map[string]int{}}
+			do := func(try uint64, off string) error {
+				rng := rand.New(rand.NewPCG(*seed+try, 11))
+				dir := filepath.Join(t.TempDir(), fmt.Sprint(try, "-", off))
+				defer os.RemoveAll(dir)
+				_, err := run{variant: variants[m.variant], modelDir: modelDir, ref: refs[m.variant], strikes: m.strikes(rng), rng: rng, off: off}.do(total, dir)
+				return err
+			}
+			for try := range uint64(tries) {
+				if try == 0 {
+					if err := do(try, ""); err != nil {
+						t.Fatalf("seed %d with everything in place: %v", *seed+try, err)
+					}
+				}
+				if err := do(try, m.off); err != nil {
+					first, _, _ := strings.Cut(err.Error(), "\n")
+					t.Logf("without %s (%s), red in run %d: %.200s", m.off, m.why, try+1, first)
+					return
+				}
+			}
+			t.Errorf("without %s (%s) the suite stays green in %d runs", m.off, m.why, tries)
+		})
+	}
+}
