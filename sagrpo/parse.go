@@ -4,11 +4,11 @@ import (
 	"bytes"
 	"encoding/json"
 	"fmt"
-	"maps"
 	"reflect"
 	"slices"
 	"strings"
 
+	"trainerd/internal/document"
 	"trainerd/internal/fault"
 )
 
@@ -77,8 +77,8 @@ func (l *layer) object(path string, raw json.RawMessage, dst reflect.Value) {
 	if absent(raw) {
 		return
 	}
-	var members map[string]json.RawMessage
-	if err := json.Unmarshal(raw, &members); err != nil {
+	members, err := document.Members(raw)
+	if err != nil {
 		l.refuse(path, raw, "an object")
 		return
 	}
@@ -86,10 +86,13 @@ func (l *layer) object(path string, raw json.RawMessage, dst reflect.Value) {
 	for i := range dst.NumField() {
 		fields[dst.Type().Field(i).Tag.Get("json")] = dst.Field(i)
 	}
-	for _, name := range slices.Sorted(maps.Keys(members)) {
-		value, at := members[name], path+"."+name
-		field, ok := fields[name]
+	slices.SortStableFunc(members, func(a, b document.Member) int { return strings.Compare(a.Name, b.Name) })
+	for _, m := range members {
+		value, at := m.Value, path+"."+m.Name
+		field, ok := fields[m.Name]
 		switch {
+		case m.Again:
+			l.refuse(at, value, "each field once")
 		case !ok:
 			l.refuse(at, value, "no such field")
 		case absent(value):
@@ -119,6 +122,12 @@ func (l *layer) value(path string, raw json.RawMessage, dst reflect.Value) {
 			err = fmt.Errorf("a null element")
 		}
 	}
+	if dst.Kind() == reflect.Map { // of which encoding/json would keep the last of two
+		members, _ := document.Members(raw)
+		if slices.ContainsFunc(members, func(m document.Member) bool { return m.Again }) {
+			err = fmt.Errorf("a repeated name")
+		}
+	}
 	if err == nil {
 		err = json.Unmarshal(raw, fresh.Interface())
 	}
@@ -143,7 +152,7 @@ func expectation(t reflect.Type) string {
 	case reflect.Array:
 		return fmt.Sprintf("a list of %d numbers", t.Len())
 	case reflect.Map:
-		return "an object of numbers"
+		return "an object of numbers, each name once"
 	}
 	return t.String()
 }

@@ -1,14 +1,14 @@
 package trainer
 
 import (
-	"bytes"
 	"encoding/json"
+	"errors"
 	"fmt"
-	"io"
 	"slices"
 	"strconv"
 	"strings"
 
+	"trainerd/internal/document"
 	"trainerd/internal/fault"
 )
 
@@ -41,42 +41,24 @@ type object struct {
 // Malformed fault with the byte offset; a repeated member is a field fault.
 func parseObject(raw []byte, path string, f *faults) (*object, error) {
 	o := &object{path: path, members: map[string]json.RawMessage{}, faults: f}
-	if !json.Valid(raw) {
-		var v any
-		err := json.Unmarshal(raw, &v)
-		msg := "body is not JSON"
-		if path != "" {
-			msg = path + " is not JSON"
-		}
-		if s, ok := err.(*json.SyntaxError); ok {
-			return nil, fault.New(fault.Malformed, "malformed_json", "%s: byte %d: %v", msg, s.Offset, err)
-		}
-		return nil, fault.New(fault.Malformed, "malformed_json", "%s: %v", msg, err)
-	}
-	d := json.NewDecoder(bytes.NewReader(raw))
-	t, err := d.Token()
-	if err != nil {
-		return nil, fault.New(fault.Malformed, "malformed_json", "read document: %w", err)
-	}
-	if t != json.Delim('{') {
+	members, err := document.Members(raw)
+	switch {
+	case errors.Is(err, document.ErrNotObject):
 		f.add(o.name(""), clip(strings.TrimSpace(string(raw))), "a JSON object")
 		return o, nil
+	case err != nil:
+		var s *json.SyntaxError
+		if errors.As(err, &s) {
+			return nil, fault.New(fault.Malformed, "malformed_json", "%s is not JSON: byte %d: %v", o.name(""), s.Offset, err)
+		}
+		return nil, fault.New(fault.Malformed, "malformed_json", "%s: %v", o.name(""), err)
 	}
-	for d.More() {
-		t, err := d.Token()
-		if err != nil {
-			return nil, fault.New(fault.Malformed, "malformed_json", "read document: %w", err)
+	for _, m := range members {
+		if m.Again {
+			f.add(o.name(m.Name), "the field twice", "each field once")
 		}
-		name := t.(string)
-		var v json.RawMessage
-		if err := d.Decode(&v); err != nil && err != io.EOF {
-			return nil, fault.New(fault.Malformed, "malformed_json", "read %s: %w", o.name(name), err)
-		}
-		if _, twice := o.members[name]; twice {
-			f.add(o.name(name), "the field twice", "each field once")
-		}
-		o.members[name] = v
-		o.order = append(o.order, name)
+		o.members[m.Name] = m.Value
+		o.order = append(o.order, m.Name)
 	}
 	return o, nil
 }
@@ -101,6 +83,12 @@ func (o *object) raw(member string) (json.RawMessage, bool) {
 		return nil, false
 	}
 	return v, true
+}
+
+// given reports whether a member is present and not null.
+func (o *object) given(member string) bool {
+	v, ok := o.members[member]
+	return ok && string(v) != "null"
 }
 
 // isNull reports whether a member is present and null.

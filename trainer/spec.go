@@ -7,6 +7,7 @@ import (
 
 	"trainerd/internal/fault"
 	"trainerd/sagrpo"
+	"trainerd/storage"
 )
 
 // Spec is a job document with every default filled in. It never changes after creation.
@@ -90,11 +91,9 @@ func parseJobSource(s string) (jobSource, bool) {
 
 func validSource(s string) bool {
 	switch {
-	case strings.HasPrefix(s, schemeDir):
-		return len(s) > len(schemeDir)
-	case strings.HasPrefix(s, schemeS3):
-		bucket, prefix, _ := strings.Cut(s[len(schemeS3):], "/")
-		return bucket != "" && prefix != ""
+	case strings.HasPrefix(s, schemeDir), strings.HasPrefix(s, schemeS3):
+		at, err := storage.ParseURL(s) // which has no place for credentials or a host
+		return err == nil && (at.Scheme == "dir" || at.Prefix != "")
 	case strings.HasPrefix(s, schemeJob):
 		_, ok := parseJobSource(s)
 		return ok
@@ -131,7 +130,11 @@ func ParseSpec(raw []byte) (Spec, error) {
 	m := o.object("model")
 	m.text("source", &s.Model.Source)
 	if !validSource(s.Model.Source) {
-		f.add("model.source", strconv.Quote(s.Model.Source), "dir:PATH, s3://BUCKET/PREFIX or job:ID@STEP (STEP may be latest)")
+		shown := strconv.Quote(s.Model.Source)
+		if strings.HasPrefix(s.Model.Source, schemeS3) && strings.Contains(s.Model.Source, "@") {
+			shown = "an address with @" // it may hold a password
+		}
+		f.add("model.source", shown, "dir:PATH, s3://BUCKET/PREFIX or job:ID@STEP (STEP may be latest)")
 	}
 	m.finish()
 
@@ -142,6 +145,9 @@ func ParseSpec(raw []byte) (Spec, error) {
 	p := o.object("sampling")
 	p.integer("max_sequences", &s.Sampling.MaxSequences, 0, 1<<16)
 	p.integer("max_tokens", &s.Sampling.MaxTokens, 0, 1<<24)
+	if s.Sampling.MaxSequences == 0 && !p.given("max_tokens") {
+		s.Sampling.MaxTokens = 0
+	}
 	p.finish()
 	o.finish()
 	if len(f) == 0 {
@@ -175,6 +181,9 @@ func (c *CheckpointSpec) parse(o *object) {
 	o.integer("snapshot_every_steps", &c.SnapshotEverySteps, 0, maxSteps)
 	o.integer("keep_last", &c.KeepLast, 0, maxSteps)
 	o.integer("keep_every", &c.KeepEvery, 0, maxSteps)
+	if c.KeepLast == 0 && !o.given("keep_every") {
+		c.KeepEvery = 0
+	}
 	o.oneOf("dtype", &c.DType, "source", "F32", "BF16", "F16")
 	o.finish()
 }
@@ -196,11 +205,10 @@ func (s *Spec) combinations(f *faults) {
 		f.add("sampling.max_tokens", s.Sampling.MaxTokens, "at least 2 when sampling.max_sequences is above 0")
 	}
 	if s.Sampling.MaxSequences == 0 && s.Sampling.MaxTokens > 0 {
-		s.Sampling.MaxTokens = 0
+		f.add("sampling.max_tokens", s.Sampling.MaxTokens, "0 when sampling.max_sequences is 0: nothing is sampled")
 	}
 	if c.KeepEvery > 0 && c.KeepLast == 0 {
-		// keep_last 0 keeps everything, which makes keep_every moot but not wrong.
-		s.Checkpoint.KeepEvery = 0
+		f.add("checkpoint.keep_every", c.KeepEvery, "0 when checkpoint.keep_last is 0: everything is kept")
 	}
 	if s.MaxSteps > 0 && c.PublishEverySteps > s.MaxSteps {
 		f.add("checkpoint.publish_every_steps", c.PublishEverySteps, "at most max_steps ("+strconv.FormatInt(s.MaxSteps, 10)+")")

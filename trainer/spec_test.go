@@ -67,6 +67,15 @@ func TestSpecNullMeansDefault(t *testing.T) {
 	}
 }
 
+// TestSpecZeroTakesItsCompanionAlong: a default that a given 0 makes moot is
+// shown as 0, so that the answer is a document that makes the same job.
+func TestSpecZeroTakesItsCompanionAlong(t *testing.T) {
+	s, err := ParseSpec([]byte(`{"model":{"source":"dir:/m"},"sampling":{"max_sequences":0},"checkpoint":{"keep_last":0}}`))
+	if err != nil || s.Sampling.MaxTokens != 0 || s.Checkpoint.KeepEvery != 0 {
+		t.Errorf("%+v, %+v, %v", s.Sampling, s.Checkpoint, err)
+	}
+}
+
 func TestSpecRefuses(t *testing.T) {
 	for doc, field := range map[string]string{
 		`{"model":{"source":"dir:/m"},"model":{"source":"dir:/n"}}`:                                         "model",
@@ -92,6 +101,11 @@ func TestSpecRefuses(t *testing.T) {
 		`{"model":{"source":"dir:/m"},"optimizer":{"schedule":{"name":"cosine"}}}`:                          "optimizer.schedule.decay_steps",
 		`{"model":{"source":"dir:/m"},"objective":{"name":"dr_grpo"}}`:                                      "objective.max_completion_tokens",
 		`{"model":{"source":"dir:/m","revision":"main"}}`:                                                   "model.revision",
+		`{"model":{"source":"dir:/m"},"sampling":{"max_sequences":0,"max_tokens":8}}`:                       "sampling.max_tokens",
+		`{"model":{"source":"dir:/m"},"checkpoint":{"keep_last":0,"keep_every":8}}`:                         "checkpoint.keep_every",
+		`{"model":{"source":"dir:/m"},"optimizer":{"lr":1e-3,"lr":1e-6}}`:                                   "optimizer.lr",
+		`{"model":{"source":"dir:/m"},"objective":{"reward_weights":{"a":1,"a":2}}}`:                        "objective.reward_weights",
+		`{"model":{"source":"dir:/m"},"objective":{"name":"grpo","name":"gspo"}}`:                           "objective.name",
 		`{"model":{"source":"dir:/m"},"name":"` + strings.Repeat("x", 201) + `"}`:                           "name",
 		`[]`: "body",
 	} {

@@ -1,10 +1,8 @@
 package main
 
 import (
-	"bytes"
 	"encoding/json"
 	"fmt"
-	"io"
 	"net"
 	"net/http"
 	"os"
@@ -16,6 +14,7 @@ import (
 
 	"github.com/spf13/pflag"
 
+	"trainerd/internal/document"
 	"trainerd/internal/fault"
 	"trainerd/storage"
 	"trainerd/storage/s3"
@@ -195,38 +194,21 @@ func LoadObjectStore(fs *pflag.FlagSet, getenv func(string) (string, bool)) (Obj
 
 // fromFile reads one JSON object whose members are settings; null keeps a default.
 func fromFile(members []member, b []byte) error {
-	d := json.NewDecoder(bytes.NewReader(b))
-	if t, err := d.Token(); err != nil || t != json.Delim('{') {
-		return fault.New(fault.Invalid, "invalid_config", "expected a JSON object")
+	given, err := document.Members(b)
+	if err != nil {
+		return err
 	}
-	seen := map[string]bool{}
-	for d.More() {
-		t, err := d.Token()
-		if err != nil {
-			return fmt.Errorf("parse: %w", err)
-		}
-		name := t.(string)
-		at := slices.IndexFunc(members, func(m member) bool { return m.name == name })
-		var raw json.RawMessage
-		if err := d.Decode(&raw); err != nil {
-			return fmt.Errorf("parse %s: %w", name, err)
-		}
+	for _, g := range given {
+		at := slices.IndexFunc(members, func(m member) bool { return m.name == g.Name })
 		switch {
 		case at < 0:
-			return fault.BadField(name, string(raw), "no such setting")
-		case seen[name]:
-			return fault.BadField(name, string(raw), "each setting once")
+			return fault.BadField(g.Name, string(g.Value), "no such setting")
+		case g.Again:
+			return fault.BadField(g.Name, string(g.Value), "each setting once")
 		}
-		seen[name] = true
-		if err := json.Unmarshal(raw, members[at].target.Addr().Interface()); err != nil {
-			return fault.BadField(name, string(raw), "a "+members[at].target.Kind().String())
+		if err := json.Unmarshal(g.Value, members[at].target.Addr().Interface()); err != nil {
+			return fault.BadField(g.Name, string(g.Value), "a "+members[at].target.Kind().String())
 		}
-	}
-	if _, err := d.Token(); err != nil {
-		return fmt.Errorf("parse: %w", err)
-	}
-	if _, err := d.Token(); err != io.EOF {
-		return fault.New(fault.Invalid, "invalid_config", "text after the object")
 	}
 	return nil
 }

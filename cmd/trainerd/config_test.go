@@ -101,7 +101,7 @@ func TestConfigRefuses(t *testing.T) {
 		{"bad duration", `{"shutdown":"soon"}`, nil, nil, []string{"shutdown", "soon"}},
 		{"not an object", `[]`, nil, nil, []string{"JSON object"}},
 		{"cut", `{"workers":1`, nil, nil, []string{"trainerd.json"}},
-		{"text after it", `{} {}`, nil, nil, []string{"after the object"}},
+		{"text after it", `{} {}`, nil, nil, []string{"after top-level value"}},
 		{"no such file", "", nil, []string{"--config", "no-such.json"}, []string{"no-such.json"}},
 		{"environment", "", map[string]string{"TRAINERD_WORKERS": "many"}, nil, []string{"environment", "workers", "many"}},
 		{"empty environment", "", map[string]string{"TRAINERD_MAX_BODY_BYTES": ""}, nil, []string{"max_body_bytes", "whole number"}},

@@ -17,7 +17,7 @@ const module = "trainerd"
 // matching folder decides.
 type rule struct {
 	dir  string
-	may  []string // folders; a folder allows what lies below it. internal/fault, crashpoint and durable always are
+	may  []string // folders; a folder allows what lies below it. internal/fault, document, crashpoint and durable always are
 	uses []string // reserved outside modules
 }
 
@@ -25,6 +25,7 @@ var rules = []rule{
 	{dir: "internal/fault"},
 	{dir: "internal/archtest"},
 	{dir: "internal/crashpoint"},
+	{dir: "internal/document"},
 	{dir: "internal/durable"},
 	{dir: "internal/crashtest"}, // only its tests import anything
 	{dir: "kernels", may: []string{"kernels"}, uses: []string{"gorgonia.org/tensor"}},
@@ -119,7 +120,7 @@ func ruleFor(dir string) (rule, bool) {
 
 func allowed(r rule, path string, isTest bool) bool {
 	if in, ok := strings.CutPrefix(path, module+"/"); ok {
-		if below(in, "internal/fault") || below(in, "internal/crashpoint") || below(in, "internal/durable") || below(in, r.dir) {
+		if below(in, "internal/fault") || below(in, "internal/crashpoint") || below(in, "internal/document") || below(in, "internal/durable") || below(in, r.dir) {
 			return true
 		}
 		for _, m := range r.may {
