@@ -102,7 +102,7 @@ extern "C" __global__ void __launch_bounds__(128) attention_dq_simple(bf16 *dqkv
 	}
 }
 
-extern "C" __global__ void __launch_bounds__(128)
+extern "C" __global__ void __launch_bounds__(128, 4) // without the 4, ptxas spills on sm_80
 	attention_dkv_simple(bf16 *dqkv, float *part, const bf16 *qkv, const bf16 *dout, const float *lse, const float *delta, const int *works, const int *ranges,
                          const int *tiles, int h, int kv, float scale, int hd) {
 	const int *work = works + 8 * blockIdx.x;

@@ -9,8 +9,8 @@
 // contiguous span of ids, so one warp alone scans for the drawn id.
 //
 // A block of 1,024 threads a row. Bytes a row: 4·V read, 4·V written, then reads from
-// L2 (two passes; top-p < 1: at most 17 more). 64 rows of 151,936: 78 MB, 26 us at
-// 3.0 TB/s, and with top-p about 17 · 5 us of L2 time.
+// L2 (two passes; top-p < 1: about 15 more). 64 rows of 151,936: 78 MB, 26 us at
+// 3.0 TB/s, and with top-p about 15 · 5 us of L2 time.
 #include "common.cuh"
 
 namespace {

@@ -94,6 +94,7 @@ void forward(Check &check, const Case &c, bool fast, const Reference &r, Buf<bf1
 }
 
 void check_forward(Check &check, const Case &c, double stored, const Reference &r, Buf<bf16> &out, Buf<float> &lse) {
+	std::string what_out = c.label() + " out", what_lse = c.label() + " lse";
 	for (size_t x = 0; x < c.segments.size(); x += 6) {
 		const int *s = &c.segments[x];
 		for (int i = 0; i < s[1]; i++) {
@@ -111,9 +112,9 @@ void check_forward(Check &check, const Case &c, double stored, const Reference &
 				double delta = (c.hd + 4) * kU32 * score_mag, n = double(keys.size());
 				i64 at = i64(s[0] + i) * c.h + head;
 				for (int d = 0; d < c.hd; d++)
-					check.near(c.label() + " out", at * c.hd + d, widen(out[at * c.hd + d]), o[d], (2 * delta + (2 * n + 16) * kU32 + stored) * mag[d] + kUBf16 * std::abs(o[d]));
+					check.near(what_out, at * c.hd + d, widen(out[at * c.hd + d]), o[d], (2 * delta + (2 * n + 16) * kU32 + stored) * mag[d] + kUBf16 * std::abs(o[d]));
 				double want = keys.empty() ? -INFINITY : top + log(sum);
-				check.near(c.label() + " lse", at, lse[at], want, delta + (n + 8) * kU32 + 4 * kU32 * std::abs(want));
+				check.near(what_lse, at, lse[at], want, delta + (n + 8) * kU32 + 4 * kU32 * std::abs(want));
 			}
 		}
 	}
@@ -179,7 +180,8 @@ void check_backward(Check &check, const Case &c, double stored, int t, const Ref
 		}
 	}
 	double rel = (hd + 4) * kU32 * most_score + 4 * kU32 * most_lse + (hd + 12) * kU32 + stored + (most_terms + t * group + 16) * kU32;
-	for (size_t i = 0; i < want.size(); i++) check.near(c.label() + " dqkv", i, widen(dqkv[i]), want[i], rel * mag[i] + kUBf16 * std::abs(want[i]));
+	std::string what = c.label() + " dqkv";
+	for (size_t i = 0; i < want.size(); i++) check.near(what, i, widen(dqkv[i]), want[i], rel * mag[i] + kUBf16 * std::abs(want[i]));
 }
 
 } // namespace
@@ -214,13 +216,14 @@ TEST(attention_training) {
 		for (int i = from * w; i < to * w; i++) qkv[i] = kNaN;
 		for (int i = from * s.h * s.hd; i < to * s.h * s.hd; i++) dout[i] = kNaN;
 		forward(c, s, fast, r, out, lse);
+		std::string what = s.label() + " beside NaN: ", what_out = what + "out", what_d = what + "dqkv";
 		for (i64 i = 0; i < t * s.h * s.hd; i++) {
 			bool inside = i >= from * s.h * s.hd && i < to * s.h * s.hd;
-			c.equal(s.label() + " out beside NaN", i, widen(out[i]), inside ? double(NAN) : widen(out_before[i]));
+			c.equal(what_out, i, widen(out[i]), inside ? double(NAN) : widen(out_before[i]));
 		}
 		if (last[5]) continue; // its prefix's gradients are NaN as well
 		backward(c, s, fast, t, qkv, dout, out, lse, dqkv);
-		for (i64 i = 0; i < from * w; i++) c.equal(s.label() + " dqkv beside NaN", i, widen(dqkv[i]), widen(d_before[i]));
+		for (i64 i = 0; i < from * w; i++) c.equal(what_d, i, widen(dqkv[i]), widen(d_before[i]));
 	}
 }
 
