@@ -55,19 +55,20 @@ type stage struct {
 	Stopped []string
 }
 
-// attacks are the chains. Attackers rotate their addresses after the first
-// stage except in port_scan and exfiltration, so blocking one source is not enough.
+// attacks are the chains. Attackers rotate their addresses except in port_scan
+// and exfiltration: blocking one source stops nothing elsewhere. Some tools stop
+// a part of a chain only.
 var attacks = map[string][]stage{
 	"port_scan":     {{"sweep", []string{"block_ip", "isolate_host"}}, {"fingerprint", []string{"block_ip", "isolate_host"}}},
 	"exfiltration":  {{"stage", []string{"block_ip", "isolate_host"}}, {"transfer", []string{"block_ip", "isolate_host"}}},
-	"ssh_guess":     {{"connect", []string{"block_ip", "secure_sshd", "isolate_host"}}, {"guess", []string{"secure_sshd", "isolate_host"}}, {"login", []string{"secure_sshd", "isolate_host"}}},
-	"syn_flood":     {{"probe", []string{"block_ip", "harden_kernel", "rate_limit", "isolate_host"}}, {"flood", []string{"harden_kernel", "rate_limit", "isolate_host"}}},
-	"redis_write":   {{"connect", []string{"block_ip", "redis_auth", "isolate_host"}}, {"write", []string{"redis_auth", "isolate_host"}}},
-	"sql_injection": {{"probe", []string{"block_ip", "waf_rule", "isolate_host"}}, {"inject", []string{"waf_rule", "isolate_host"}}, {"dump", []string{"waf_rule", "isolate_host"}}},
-	"webshell":      {{"upload", []string{"block_ip", "patch_service", "isolate_host"}}, {"execute", []string{"patch_service", "isolate_host"}}},
-	"c2_beacon":     {{"beacon", []string{"block_ip", "kill_process", "isolate_host"}}, {"command", []string{"kill_process", "isolate_host"}}},
-	"smb_guess":     {{"connect", []string{"block_ip", "rotate_creds", "isolate_host"}}, {"spread", []string{"rotate_creds", "isolate_host"}}},
-	"dns_hijack":    {{"poison", []string{"block_ip", "pin_dns", "isolate_host"}}, {"redirect", []string{"pin_dns", "isolate_host"}}},
+	"ssh_guess":     {{"connect", []string{"secure_sshd", "isolate_host"}}, {"guess", []string{"secure_sshd", "isolate_host"}}, {"login", []string{"secure_sshd", "rotate_creds", "isolate_host"}}},
+	"syn_flood":     {{"probe", []string{"harden_kernel", "rate_limit", "isolate_host"}}, {"flood", []string{"harden_kernel", "rate_limit", "isolate_host"}}},
+	"redis_write":   {{"connect", []string{"redis_auth", "isolate_host"}}, {"write", []string{"redis_auth", "isolate_host"}}},
+	"sql_injection": {{"probe", []string{"waf_rule", "isolate_host"}}, {"inject", []string{"waf_rule", "isolate_host"}}, {"dump", []string{"waf_rule", "rotate_creds", "isolate_host"}}},
+	"webshell":      {{"upload", []string{"patch_service", "isolate_host"}}, {"execute", []string{"patch_service", "kill_process", "isolate_host"}}},
+	"c2_beacon":     {{"beacon", []string{"kill_process", "isolate_host"}}, {"command", []string{"kill_process", "isolate_host"}}},
+	"smb_guess":     {{"connect", []string{"rotate_creds", "isolate_host"}}, {"spread", []string{"rotate_creds", "isolate_host"}}},
+	"dns_hijack":    {{"poison", []string{"pin_dns", "isolate_host"}}, {"redirect", []string{"pin_dns", "isolate_host"}}},
 }
 
 var attackNames = []string{"port_scan", "exfiltration", "ssh_guess", "syn_flood", "redis_write", "sql_injection", "webshell", "c2_beacon", "smb_guess", "dns_hijack"}

@@ -132,8 +132,9 @@ func TestScoreGates(t *testing.T) {
 		{"command in a parameter", `[{"tool":"block_ip","params":{"ip":"203.0.113.40; rm -rf /"}}]`, Reward{Format: 1, Penalty: 0.5}},
 		{"right", `[{"tool":"secure_sshd","params":{"host":"web1"}}]`, Reward{Format: 1, Execution: 1, Evaluation: 1, Correct: true}},
 		{"wrong host", `[{"tool":"secure_sshd","params":{"host":"web2"}}]`, Reward{Format: 1, Execution: 1, Penalty: 0.5}},
-		{"first stage only", `[{"tool":"block_ip","params":{"ip":"203.0.113.40"}}]`, Reward{Format: 1, Execution: 1, Evaluation: 1 - through}},
-		{"stops all, breaks service", `[{"tool":"isolate_host","params":{"host":"web1"}}]`, Reward{Format: 1, Execution: 1, Evaluation: 1, Penalty: 0.5}},
+		{"last stage only", `[{"tool":"rotate_creds","params":{"host":"web1"}}]`, Reward{Format: 1, Execution: 1, Evaluation: 1 - through}},
+		{"stops all, breaks service", `[{"tool":"isolate_host","params":{"host":"web1"}}]`, Reward{Format: 1, Execution: 1, Evaluation: 1, Penalty: 1}},
+		{"blocking one of many sources", `[{"tool":"block_ip","params":{"ip":"203.0.113.40"}}]`, Reward{Format: 1, Execution: 1, Penalty: 0.25}},
 		{"over-defence", `[{"tool":"secure_sshd","params":{"host":"web1"}},{"tool":"block_ip","params":{"ip":"203.0.113.40"}}]`, Reward{Format: 1, Execution: 1, Evaluation: 1, Penalty: 0.25, Correct: true}},
 	} {
 		got, err := Score(context.Background(), Drill{}, RuleJudge{}, a, c.text)

@@ -46,7 +46,7 @@ func (RuleJudge) Rationality(a Alert, s Strategy) float64 {
 		case !ok:
 			w -= 0.5
 		case t.breaks:
-			w -= 0.5
+			w = 0
 		case needed:
 			w -= 0.25
 		case c.Params[t.Param] != a.Target && c.Params[t.Param] != a.Source:

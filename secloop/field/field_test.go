@@ -1,0 +1,315 @@
+//go:build field && linux
+
+package field
+
+import (
+	"context"
+	"fmt"
+	"math/rand/v2"
+	"net"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+
+	"trainerd/secloop"
+	"trainerd/secloop/scenario"
+	"trainerd/secloop/sim"
+)
+
+func TestMain(m *testing.M) {
+	Main()
+	os.Exit(m.Run())
+}
+
+// open fails the test where namespaces are not allowed: whoever runs this suite
+// asked for them.
+func open(t testing.TB, o Options) *Field {
+	t.Helper()
+	f, err := Open(o)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { f.Close() })
+	return f
+}
+
+func alertFor(sc scenario.Scenario, target int) secloop.Alert {
+	return secloop.Alert{Attack: sc.Name, Source: "198.18.0.37", Target: sc.Targets[target%len(sc.Targets)], Count: 5, Risk: sc.Risk}
+}
+
+func call(tool string, kv ...string) secloop.Strategy {
+	p := map[string]string{}
+	for i := 0; i < len(kv); i += 2 {
+		p[kv[i]] = kv[i+1]
+	}
+	return secloop.Strategy{{Tool: tool, Params: p}}
+}
+
+// TestTwins holds the namespaces and the simulator together: every scenario
+// against nothing useful, each of its remedies, isolation, a limit on
+// connections, a wrong host and a call that cannot run gives the same feedback,
+// stage by stage.
+func TestTwins(t *testing.T) {
+	f := open(t, Options{Parallel: 4})
+	for i, sc := range scenario.All() {
+		a := alertFor(sc, i)
+		ep, err := scenario.New(a)
+		if err != nil {
+			t.Fatal(err)
+		}
+		strategies := append(ep.Remedies(),
+			call("block_ip", "ip", "198.18.0.5"), call("block_ip", "ip", a.Source), call("isolate_host", "host", a.Target),
+			call("rate_limit", "host", a.Target, "per_minute", "2"), call("patch_service", "host", "dns1"),
+			append(call("harden_kernel", "host", a.Target), call("filter_egress", "host", a.Target)...))
+		for _, s := range strategies {
+			t.Run(sc.Name+"/"+s[0].Tool, func(t *testing.T) {
+				t.Parallel()
+				want, err := sim.Field{}.Play(context.Background(), a, s)
+				if err != nil {
+					t.Fatal(err)
+				}
+				got, err := f.Play(context.Background(), a, s)
+				if err != nil {
+					t.Fatal(err)
+				}
+				if d := cmp.Diff(want.Feedback, got.Feedback); d != "" {
+					t.Errorf("%s with %s: simulator -, namespaces +\n%s", a.Key(), s, d)
+				}
+				for k := range want.Stages {
+					if want.Stages[k].Succeeded != got.Stages[k].Succeeded {
+						t.Errorf("stage %s: simulator %+v, namespaces %+v", want.Stages[k].Name, want.Stages[k], got.Stages[k])
+					}
+				}
+				if d := cmp.Diff(want.Down, got.Down); d != "" {
+					t.Errorf("hosts down: simulator -, namespaces +\n%s", d)
+				}
+			})
+		}
+	}
+}
+
+// TestNobodyReachesTheHost puts listeners on every address and on sockets of
+// the host, lets red and blue of every scenario try them past all guards, and
+// counts who came.
+func TestNobodyReachesTheHost(t *testing.T) {
+	var came atomic.Int32
+	listen := func(network, at string) string {
+		ln, err := net.Listen(network, at)
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { ln.Close() })
+		go func() {
+			for {
+				c, err := ln.Accept()
+				if err != nil {
+					return
+				}
+				came.Add(1)
+				c.Close()
+			}
+		}()
+		return ln.Addr().String()
+	}
+	_, port, _ := net.SplitHostPort(listen("tcp", ":0"))
+	canary := []string{listen("unix", "@secloop-canary")}
+	addrs, err := net.InterfaceAddrs()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, a := range addrs {
+		ip, _, _ := net.ParseCIDR(a.String())
+		if ip.IsLinkLocalUnicast() {
+			continue
+		}
+		canary = append(canary, net.JoinHostPort(ip.String(), port))
+	}
+	for _, at := range canary { // the canaries sing
+		network := "tcp"
+		if strings.HasPrefix(at, "@") {
+			network = "unix"
+		}
+		c, err := net.DialTimeout(network, at, time.Second)
+		if err != nil {
+			t.Fatal(err)
+		}
+		c.Close()
+	}
+	for end := time.Now().Add(time.Second); int(came.Load()) < len(canary) && time.Now().Before(end); {
+		time.Sleep(time.Millisecond)
+	}
+	if n := came.Swap(0); int(n) != len(canary) {
+		t.Fatalf("%d of %d canaries answer from the host itself", n, len(canary))
+	}
+	f := open(t, Options{Parallel: 4, Canary: canary})
+	var wg sync.WaitGroup
+	for _, sc := range scenario.All() {
+		wg.Go(func() {
+			out, err := f.Play(context.Background(), alertFor(sc, 0), call("block_ip", "ip", "198.18.0.5"))
+			if err != nil {
+				t.Errorf("%s: %v", sc.Name, err)
+			} else if out.Feedback.Attacked != 1 {
+				t.Errorf("%s: the chain did not run: %+v", sc.Name, out.Stages)
+			}
+		})
+	}
+	wg.Wait()
+	if n := came.Load(); n != 0 {
+		t.Errorf("%d connections reached the host from a battle-field", n)
+	}
+}
+
+// TestNothingIsLeft plays episodes of which some are killed at random moments
+// and compares what the host has afterwards with what it had before.
+func TestNothingIsLeft(t *testing.T) {
+	seed := uint64(time.Now().UnixNano())
+	t.Logf("seed %d", seed)
+	r := rand.New(rand.NewPCG(seed, 2))
+	before := census(t)
+	f, err := Open(Options{Parallel: 4})
+	if err != nil {
+		t.Fatal(err)
+	}
+	var wg sync.WaitGroup
+	var killed, finished atomic.Int32
+	for range 60 {
+		a := scenario.RandomAlert(r)
+		s := scenario.RandomStrategy(r, a)
+		after := time.Duration(-1)
+		if r.IntN(2) == 0 {
+			after = time.Duration(r.IntN(150)) * time.Millisecond
+		}
+		wg.Go(func() {
+			ctx := context.Background()
+			if after >= 0 {
+				var cancel context.CancelFunc
+				ctx, cancel = context.WithTimeout(ctx, after)
+				defer cancel()
+			}
+			if _, err := f.Run(ctx, a, s); err == nil {
+				finished.Add(1)
+			} else if ctx.Err() != nil {
+				killed.Add(1)
+			} else {
+				t.Errorf("%s with %s: %v", a.Key(), s, err)
+			}
+		})
+	}
+	wg.Wait()
+	f.Close()
+	t.Logf("%d finished, %d killed", finished.Load(), killed.Load())
+	if finished.Load() == 0 || killed.Load() == 0 {
+		t.Error("expected some to finish and some to be killed")
+	}
+	var after []string
+	for end := time.Now().Add(5 * time.Second); ; time.Sleep(20 * time.Millisecond) {
+		after = census(t)
+		if cmp.Equal(before, after) || time.Now().After(end) {
+			break
+		}
+	}
+	if d := cmp.Diff(before, after); d != "" {
+		t.Errorf("left on the host: before -, after +\n%s", d)
+	}
+}
+
+// census lists the links, the processes of a field, every network namespace
+// that a process of this host lives in, and the control groups of fields.
+func census(t *testing.T) []string {
+	t.Helper()
+	var all []string
+	links, err := net.Interfaces()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, l := range links {
+		all = append(all, "link "+l.Name)
+	}
+	procs, err := filepath.Glob("/proc/[0-9]*")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, p := range procs {
+		cmdline, _ := os.ReadFile(p + "/cmdline")
+		if strings.HasPrefix(string(cmdline), "secloop-field-") {
+			all = append(all, "process "+string(cmdline))
+		}
+		if ns, err := os.Readlink(p + "/ns/net"); err == nil {
+			all = append(all, "namespace "+ns)
+		}
+	}
+	groups, _ := filepath.Glob("/sys/fs/cgroup/*/" + groupParent + "/*-*")
+	for _, g := range groups {
+		all = append(all, "group "+g)
+	}
+	slices.Sort(all)
+	return slices.Compact(all)
+}
+
+// TestBadInputIsScored: what is wrong with a strategy is feedback, what is
+// wrong with an alert is an error, and the field goes on.
+func TestBadInputIsScored(t *testing.T) {
+	f := open(t, Options{Parallel: 1})
+	sc, _ := scenario.ByName("xss")
+	for _, s := range []secloop.Strategy{
+		call("format_disk"), call("block_ip", "ip", "198.18.0.1; reboot"), call("block_ip", "ip", "127.0.0.1"), call("close_port", "host", "web1", "port", "0"),
+	} {
+		got, err := f.Run(context.Background(), alertFor(sc, 0), s)
+		if err != nil {
+			t.Errorf("%s: %v", s, err)
+		} else if got.Executed != 0 || len(got.Errors) != 1 || got.Attacked != 1 || !got.Service {
+			t.Errorf("%s: %+v, expected one error, the attack through and the service up", s, got)
+		}
+	}
+	bad := alertFor(sc, 0)
+	bad.Source = "8.8.8.8"
+	if _, err := f.Run(context.Background(), bad, call("block_ip", "ip", "198.18.0.1")); err == nil {
+		t.Error("an alert whose source is outside the battle-field was played")
+	}
+}
+
+// BenchmarkEpisodes prints episodes per minute at 1, 4 and 8 in parallel, and
+// BenchmarkCreate the time from nothing to a field that answers.
+func BenchmarkEpisodes(b *testing.B) {
+	for _, n := range []int{1, 4, 8} {
+		b.Run(fmt.Sprintf("parallel=%d", n), func(b *testing.B) {
+			f := open(b, Options{Parallel: n})
+			r := rand.New(rand.NewPCG(1, 1))
+			b.ResetTimer()
+			start := time.Now()
+			var wg sync.WaitGroup
+			for range b.N {
+				a := scenario.RandomAlert(r)
+				s := scenario.RandomStrategy(r, a)
+				wg.Go(func() {
+					if _, err := f.Run(context.Background(), a, s); err != nil {
+						b.Error(err)
+					}
+				})
+			}
+			wg.Wait()
+			b.ReportMetric(float64(b.N)/time.Since(start).Minutes(), "episodes/min")
+		})
+	}
+}
+
+func BenchmarkCreate(b *testing.B) {
+	f := open(b, Options{Parallel: 1})
+	for b.Loop() {
+		w, err := f.start()
+		if err == nil {
+			err = w.peer.call("check", nil, nil)
+			w.end()
+		}
+		if err != nil {
+			b.Fatal(err)
+		}
+	}
+}

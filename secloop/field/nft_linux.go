@@ -1,0 +1,105 @@
+package field
+
+import (
+	"fmt"
+
+	"github.com/google/nftables"
+	"github.com/google/nftables/binaryutil"
+	"github.com/google/nftables/expr"
+	"golang.org/x/sys/unix"
+
+	"trainerd/secloop/scenario"
+)
+
+// filter is blue's nftables ruleset: one table with an input and an output
+// chain that accept, to which drops are added. Rules are built from typed
+// values over netlink; no rule text exists.
+type filter struct {
+	conn    *nftables.Conn
+	table   *nftables.Table
+	in, out *nftables.Chain
+	count   [2]int // rules of in and out
+	sets    int
+}
+
+func newFilter() (*filter, error) {
+	conn, err := nftables.New(nftables.AsLasting())
+	if err != nil {
+		return nil, fmt.Errorf("open nftables: %w", err)
+	}
+	f := &filter{conn: conn}
+	f.table = conn.AddTable(&nftables.Table{Family: nftables.TableFamilyIPv4, Name: "secloop"})
+	accept := nftables.ChainPolicyAccept
+	f.in = conn.AddChain(&nftables.Chain{Name: "in", Table: f.table, Type: nftables.ChainTypeFilter,
+		Hooknum: nftables.ChainHookInput, Priority: nftables.ChainPriorityFilter, Policy: &accept})
+	f.out = conn.AddChain(&nftables.Chain{Name: "out", Table: f.table, Type: nftables.ChainTypeFilter,
+		Hooknum: nftables.ChainHookOutput, Priority: nftables.ChainPriorityFilter, Policy: &accept})
+	if err := conn.Flush(); err != nil {
+		return nil, fmt.Errorf("make table: %w", err)
+	}
+	return f, nil
+}
+
+// Offsets in the IPv4 and TCP headers.
+const (
+	offsetSource      = 12
+	offsetDestination = 16
+	offsetPort        = 2
+)
+
+// add appends a rule and reads the chain back.
+func (f *filter) add(r scenario.Rule) error {
+	chain, which := f.in, 0
+	if r.Out {
+		chain, which = f.out, 1
+	}
+	var x []expr.Any
+	equal := func(base expr.PayloadBase, offset uint32, value []byte) {
+		x = append(x, &expr.Payload{DestRegister: 1, Base: base, Offset: offset, Len: uint32(len(value))},
+			&expr.Cmp{Op: expr.CmpOpEq, Register: 1, Data: value})
+	}
+	if r.Src.IsValid() {
+		a := r.Src.As4()
+		equal(expr.PayloadBaseNetworkHeader, offsetSource, a[:])
+	}
+	if r.Dst.IsValid() {
+		a := r.Dst.As4()
+		equal(expr.PayloadBaseNetworkHeader, offsetDestination, a[:])
+	}
+	if r.Port != 0 {
+		x = append(x, &expr.Meta{Key: expr.MetaKeyL4PROTO, Register: 1}, &expr.Cmp{Op: expr.CmpOpEq, Register: 1, Data: []byte{unix.IPPROTO_TCP}})
+		equal(expr.PayloadBaseTransportHeader, offsetPort, binaryutil.BigEndian.PutUint16(r.Port))
+	}
+	if !r.Established {
+		x = append(x, &expr.Ct{Key: expr.CtKeySTATE, Register: 1},
+			&expr.Bitwise{SourceRegister: 1, DestRegister: 1, Len: 4, Mask: binaryutil.NativeEndian.PutUint32(expr.CtStateBitNEW), Xor: make([]byte, 4)},
+			&expr.Cmp{Op: expr.CmpOpNeq, Register: 1, Data: make([]byte, 4)})
+	}
+	if r.PerMinute > 0 {
+		x = append(x, &expr.Limit{Type: expr.LimitTypePkts, Rate: uint64(r.PerMinute), Unit: expr.LimitTimeMinute, Burst: uint32(r.PerMinute), Over: true})
+	}
+	if r.PerSource > 0 {
+		f.sets++
+		set := &nftables.Set{Table: f.table, Name: fmt.Sprintf("sources%d", f.sets), KeyType: nftables.TypeIPAddr, Dynamic: true, Size: 4096}
+		if err := f.conn.AddSet(set, nil); err != nil {
+			return fmt.Errorf("add set: %w", err)
+		}
+		x = append(x, &expr.Payload{DestRegister: 1, Base: expr.PayloadBaseNetworkHeader, Offset: offsetSource, Len: 4},
+			&expr.Dynset{SrcRegKey: 1, SetName: set.Name, SetID: set.ID, Operation: unix.NFT_DYNSET_OP_ADD,
+				Exprs: []expr.Any{&expr.Connlimit{Count: uint32(r.PerSource), Flags: expr.NFT_CONNLIMIT_F_INV}}})
+	}
+	x = append(x, &expr.Counter{}, &expr.Verdict{Kind: expr.VerdictDrop})
+	f.conn.AddRule(&nftables.Rule{Table: f.table, Chain: chain, Exprs: x})
+	if err := f.conn.Flush(); err != nil {
+		return fmt.Errorf("add rule: %w", err)
+	}
+	f.count[which]++
+	rules, err := f.conn.GetRules(f.table, chain)
+	if err != nil {
+		return fmt.Errorf("read rules back: %w", err)
+	}
+	if len(rules) != f.count[which] {
+		return fmt.Errorf("read rules back: %d in chain %s, expected %d", len(rules), chain.Name, f.count[which])
+	}
+	return nil
+}

@@ -1,0 +1,253 @@
+package field
+
+import (
+	"bytes"
+	"context"
+	"fmt"
+	"os"
+	"os/exec"
+	"runtime"
+	"sync"
+	"syscall"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"trainerd/internal/fault"
+	"trainerd/secloop"
+	"trainerd/secloop/scenario"
+)
+
+// The roles that this executable plays when it is started again; argv[0] says which.
+const (
+	roleWorker = "secloop-field-worker"
+	roleBlue   = "secloop-field-blue"
+	roleRed    = "secloop-field-red"
+)
+
+const episodeTimeout = 30 * time.Second
+
+var hooked bool // Main was called
+
+// Main plays the role that this process was started for and exits; in a process
+// that was started for something else it returns at once. It must be the first
+// call of main (or of TestMain).
+func Main() {
+	hooked = true
+	roles := map[string]func() error{roleWorker: worker, roleBlue: blueRole, roleRed: redRole}
+	play, ok := roles[os.Args[0]]
+	if !ok {
+		return
+	}
+	if err := play(); err != nil {
+		fmt.Fprintf(os.Stderr, "%s: %v\n", os.Args[0], err)
+		os.Exit(1)
+	}
+	os.Exit(0)
+}
+
+// Options of a field.
+type Options struct {
+	Parallel int      // episodes at a time; 0 means the number of CPUs
+	Canary   []string // addresses that red and blue try to reach in every episode, for tests: an episode that reaches one fails
+}
+
+// Field starts and ends battle-fields. It is safe for concurrent use.
+type Field struct {
+	opts   Options
+	slots  chan struct{}
+	starts chan startRequest
+	wg     sync.WaitGroup // of the starter and running episodes
+	groups cgroups
+}
+
+type startRequest struct {
+	cmd  *exec.Cmd
+	done chan error
+}
+
+// Open checks that battle-fields can be made here by making one, and says what
+// is missing where they cannot.
+func Open(o Options) (*Field, error) {
+	if !hooked {
+		return nil, fault.New(fault.Internal, "no_hook", "open battle-field: field.Main was not called first in main")
+	}
+	if o.Parallel <= 0 {
+		o.Parallel = runtime.NumCPU()
+	}
+	f := &Field{opts: o, slots: make(chan struct{}, o.Parallel), starts: make(chan startRequest), groups: openCgroups()}
+	f.wg.Add(1)
+	go f.starter()
+	w, err := f.start()
+	if err == nil {
+		err = w.peer.call("check", nil, nil)
+		w.end()
+	}
+	if err != nil {
+		f.Close()
+		return nil, fault.New(fault.Unavailable, "no_namespaces",
+			"open battle-field: this process may not make namespaces (needs root or CAP_SYS_ADMIN, CAP_NET_ADMIN, veth and nftables); use secloop/sim: %w", err)
+	}
+	return f, nil
+}
+
+// Close waits for running episodes and ends the supervisor.
+func (f *Field) Close() error {
+	for range cap(f.slots) {
+		f.slots <- struct{}{}
+	}
+	close(f.starts)
+	f.wg.Wait()
+	f.groups.close()
+	return nil
+}
+
+// starter starts workers from one thread that lives as long as the field:
+// Pdeathsig is sent when the thread dies that started the child.
+func (f *Field) starter() {
+	defer f.wg.Done()
+	runtime.LockOSThread()
+	defer runtime.UnlockOSThread()
+	for q := range f.starts {
+		q.done <- q.cmd.Start()
+	}
+}
+
+// Run implements secloop.Battlefield.
+func (f *Field) Run(ctx context.Context, a secloop.Alert, s secloop.Strategy) (secloop.Feedback, error) {
+	out, err := f.Play(ctx, a, s)
+	return out.Feedback, err
+}
+
+// episode is what the supervisor tells a worker.
+type episode struct {
+	Episode  scenario.Episode
+	Strategy secloop.Strategy
+	Canary   []string
+}
+
+// Play runs one episode on a field of its own and says everything about it.
+func (f *Field) Play(ctx context.Context, a secloop.Alert, s secloop.Strategy) (scenario.Outcome, error) {
+	var out scenario.Outcome
+	ep, err := scenario.New(a)
+	if err != nil {
+		return out, err
+	}
+	select {
+	case f.slots <- struct{}{}:
+		defer func() { <-f.slots }()
+	case <-ctx.Done():
+		return out, ctx.Err()
+	}
+	w, err := f.start()
+	if err != nil {
+		return out, fault.New(fault.Unavailable, "no_worker", "start battle-field: %w", err)
+	}
+	defer w.end()
+	ctx, cancel := context.WithTimeout(ctx, episodeTimeout)
+	defer cancel()
+	defer context.AfterFunc(ctx, w.kill)()
+	if err := w.peer.call("play", episode{ep, s, f.opts.Canary}, &out); err != nil {
+		if ctx.Err() != nil {
+			return out, fmt.Errorf("run battle-field: %w", ctx.Err())
+		}
+		w.kill()
+		return out, fmt.Errorf("run battle-field: %w%s", err, w.said())
+	}
+	return out, nil
+}
+
+// workerProcess is a running worker, seen from the host.
+type workerProcess struct {
+	cmd    *exec.Cmd
+	peer   *peer
+	stdin  *os.File
+	stdout *os.File
+	stderr *tail
+	group  string
+	groups cgroups
+	once   sync.Once
+}
+
+func (f *Field) start() (*workerProcess, error) {
+	inR, inW, err := os.Pipe()
+	if err != nil {
+		return nil, err
+	}
+	outR, outW, err := os.Pipe()
+	if err != nil {
+		inR.Close()
+		inW.Close()
+		return nil, err
+	}
+	w := &workerProcess{stdin: inW, stdout: outR, stderr: &tail{}, groups: f.groups}
+	w.cmd = again(roleWorker, inR, outW, w.stderr)
+	w.cmd.SysProcAttr = &syscall.SysProcAttr{
+		Cloneflags: unix.CLONE_NEWNET | unix.CLONE_NEWPID | unix.CLONE_NEWNS | unix.CLONE_NEWIPC | unix.CLONE_NEWUTS,
+		Pdeathsig:  syscall.SIGKILL,
+		Setsid:     true,
+	}
+	q := startRequest{w.cmd, make(chan error, 1)}
+	f.starts <- q
+	err = <-q.done
+	inR.Close()
+	outW.Close()
+	if err != nil {
+		inW.Close()
+		outR.Close()
+		return nil, err
+	}
+	w.peer = newPeer(inW, outR)
+	w.group = f.groups.enter(w.cmd.Process.Pid)
+	return w, nil
+}
+
+// again is this executable, started for a role with an empty environment.
+func again(role string, stdin, stdout *os.File, stderr *tail) *exec.Cmd {
+	return &exec.Cmd{
+		Path: "/proc/self/exe", Args: []string{role}, Env: []string{"GOMAXPROCS=1", "GOGC=off", "GOMEMLIMIT=128MiB"}, Dir: "/",
+		Stdin: stdin, Stdout: stdout, Stderr: stderr,
+	}
+}
+
+func (w *workerProcess) kill() { w.cmd.Process.Kill() }
+
+// end kills the worker, and with it everything in its namespaces, and waits.
+func (w *workerProcess) end() {
+	w.once.Do(func() {
+		w.kill()
+		w.stdin.Close()
+		w.stdout.Close()
+		w.cmd.Wait()
+		w.groups.leave(w.group)
+	})
+}
+
+// said is what the worker wrote to its standard error, for an error text.
+func (w *workerProcess) said() string {
+	w.end()
+	if text := w.stderr.String(); text != "" {
+		return ": " + text
+	}
+	return ""
+}
+
+// tail keeps the first 2 KiB that are written.
+type tail struct {
+	mu sync.Mutex
+	b  bytes.Buffer
+}
+
+// Write implements io.Writer.
+func (t *tail) Write(p []byte) (int, error) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.b.Write(p[:min(len(p), max(0, 2048-t.b.Len()))])
+	return len(p), nil
+}
+
+func (t *tail) String() string {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	return t.b.String()
+}

@@ -1,0 +1,287 @@
+package field
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"net"
+	"net/netip"
+	"os"
+	"syscall"
+
+	"github.com/vishvananda/netlink"
+	"github.com/vishvananda/netns"
+	"golang.org/x/sys/unix"
+
+	"trainerd/secloop/blue"
+	"trainerd/secloop/scenario"
+)
+
+// Users of blue and red; neither can signal the other.
+const (
+	blueUser = 65533
+	redUser  = 65534
+)
+
+// worker is pid 1 of an episode's namespaces. It plays one episode and ends when
+// its supervisor does.
+func worker() error {
+	if err := isolated(); err != nil {
+		return err
+	}
+	return serve(os.Stdin, os.Stdout, func(op string, arg json.RawMessage) (any, error) {
+		switch op {
+		case "check":
+			w, err := build(scenario.Episode{Target: scenario.Hosts()[0], Scenario: "port_scan", Sources: [3]netip.Addr{
+				netip.MustParseAddr("198.18.0.10"), netip.MustParseAddr("198.18.0.40"), netip.MustParseAddr("198.18.0.70")}})
+			if err != nil {
+				return nil, err
+			}
+			a := scenario.Action{Tool: "check", Effects: []scenario.Effect{{Rule: &scenario.Rule{Src: scenario.Forged(0)}}}}
+			return nil, w.blue.call("apply", a, nil)
+		case "play":
+			var e episode
+			if err := json.Unmarshal(arg, &e); err != nil {
+				return nil, err
+			}
+			w, err := build(e.Episode)
+			if err != nil {
+				return nil, err
+			}
+			if len(e.Canary) > 0 {
+				for name, p := range map[string]*peer{"blue": w.blue, "red": w.red} {
+					if err := p.call("escape", e.Canary, nil); err != nil {
+						return nil, fmt.Errorf("%s: %w", name, err)
+					}
+				}
+			}
+			return scenario.Play(context.Background(), e.Episode, e.Strategy, w)
+		}
+		return nil, fmt.Errorf("unknown request %q", op)
+	})
+}
+
+// isolated makes sure that nothing of the host can be touched, or fails.
+func isolated() error {
+	if os.Getpid() != 1 {
+		return errors.New("refuse to run: not the first process of a pid namespace")
+	}
+	links, err := netlink.LinkList()
+	if err != nil {
+		return fmt.Errorf("list links: %w", err)
+	}
+	if len(links) != 1 || links[0].Attrs().Name != "lo" {
+		return fmt.Errorf("refuse to run: %d links, expected lo alone", len(links))
+	}
+	if err := unix.Mount("", "/", "", unix.MS_REC|unix.MS_PRIVATE, ""); err != nil {
+		return fmt.Errorf("make mounts private: %w", err)
+	}
+	if err := unix.Mount("proc", "/proc", "proc", unix.MS_NOSUID|unix.MS_NODEV|unix.MS_NOEXEC, ""); err != nil {
+		return fmt.Errorf("mount /proc: %w", err)
+	}
+	if err := unix.Mount("tmpfs", "/tmp", "tmpfs", unix.MS_NOSUID|unix.MS_NODEV|unix.MS_NOEXEC, "size=1m"); err != nil {
+		return fmt.Errorf("mount /tmp: %w", err)
+	}
+	for _, l := range []struct {
+		what  int
+		limit uint64
+	}{{unix.RLIMIT_NOFILE, 2048}, {unix.RLIMIT_CORE, 0}, {unix.RLIMIT_FSIZE, 1 << 20}, {unix.RLIMIT_CPU, 60}} {
+		if err := unix.Setrlimit(l.what, &unix.Rlimit{Cur: l.limit, Max: l.limit}); err != nil {
+			return fmt.Errorf("set rlimit %d: %w", l.what, err)
+		}
+	}
+	return nil
+}
+
+// workerField implements scenario.Sides over the processes of blue and red.
+type workerField struct {
+	ep        scenario.Episode
+	blue, red *peer
+	listens   map[int]bool
+	users     stand
+}
+
+// build starts blue and red, wires them up and lets them get ready.
+func build(ep scenario.Episode) (*workerField, error) {
+	w := &workerField{ep: ep, listens: map[int]bool{}, users: stand{patience: userPatience}}
+	bluePid, bluePeer, err := team(roleBlue, blueUser, unix.CAP_NET_ADMIN)
+	if err != nil {
+		return nil, err
+	}
+	redPid, redPeer, err := team(roleRed, redUser, unix.CAP_NET_RAW)
+	if err != nil {
+		return nil, err
+	}
+	w.blue, w.red = bluePeer, redPeer
+	if err := wire(ep, bluePid, redPid); err != nil {
+		return nil, fmt.Errorf("wire battle-field: %w", err)
+	}
+	if err := w.blue.call("start", ep, nil); err != nil {
+		return nil, fmt.Errorf("start blue: %w", err)
+	}
+	if err := w.red.call("start", ep, nil); err != nil {
+		return nil, fmt.Errorf("start red: %w", err)
+	}
+	for i, st := range ep.Chain() {
+		w.listens[i] = st.Plugin == "listen"
+	}
+	return w, nil
+}
+
+// team starts a side in its own network and ipc namespace, with one capability.
+func team(role string, uid uint32, capability uintptr) (pid int, p *peer, err error) {
+	inR, inW, err := os.Pipe()
+	if err != nil {
+		return 0, nil, err
+	}
+	outR, outW, err := os.Pipe()
+	if err != nil {
+		return 0, nil, err
+	}
+	cmd := again(role, inR, outW, nil)
+	cmd.Stderr = os.Stderr
+	cmd.SysProcAttr = &syscall.SysProcAttr{
+		Cloneflags:  unix.CLONE_NEWNET | unix.CLONE_NEWIPC,
+		Credential:  &syscall.Credential{Uid: uid, Gid: uid},
+		AmbientCaps: []uintptr{capability},
+	}
+	if err := cmd.Start(); err != nil {
+		return 0, nil, fmt.Errorf("start %s: %w", role, err)
+	}
+	inR.Close()
+	outW.Close()
+	return cmd.Process.Pid, newPeer(inW, outR), nil
+}
+
+// wire joins red and the users to blue by one veth pair each. A veth is created
+// straight between the namespaces: nothing of it ever has a name elsewhere.
+func wire(ep scenario.Episode, bluePid, redPid int) error {
+	b, err := handleOf(bluePid)
+	if err != nil {
+		return err
+	}
+	defer b.Close()
+	r, err := handleOf(redPid)
+	if err != nil {
+		return err
+	}
+	defer r.Close()
+	u, err := netlink.NewHandle(unix.NETLINK_ROUTE)
+	if err != nil {
+		return err
+	}
+	defer u.Close()
+	red := netlink.NewLinkAttrs()
+	red.Name, red.Namespace = "red0", netlink.NsPid(redPid)
+	users := netlink.NewLinkAttrs()
+	users.Name = "user0"
+	for _, v := range []*netlink.Veth{
+		{LinkAttrs: red, PeerName: "blue0", PeerNamespace: netlink.NsPid(bluePid)},
+		{LinkAttrs: users, PeerName: "blue1", PeerNamespace: netlink.NsPid(bluePid)},
+	} {
+		if err := u.LinkAdd(v); err != nil {
+			return fmt.Errorf("add veth %s: %w", v.Name, err)
+		}
+	}
+	var hostAddrs []netip.Prefix
+	for _, h := range scenario.Hosts() {
+		hostAddrs = append(hostAddrs, netip.PrefixFrom(h.Addr, 32))
+	}
+	var redAddrs []netip.Prefix
+	for _, a := range ep.Sources {
+		redAddrs = append(redAddrs, netip.PrefixFrom(a, 24))
+	}
+	for _, l := range []struct {
+		h     *netlink.Handle
+		name  string
+		addrs []netip.Prefix
+	}{
+		{b, "lo", hostAddrs}, {b, "blue0", []netip.Prefix{netip.PrefixFrom(scenario.RedGate, 24)}},
+		{b, "blue1", []netip.Prefix{netip.PrefixFrom(scenario.UserGate, 24)}},
+		{r, "lo", nil}, {r, "red0", redAddrs}, {u, "lo", nil}, {u, "user0", []netip.Prefix{netip.PrefixFrom(scenario.User, 24)}},
+	} {
+		link, err := l.h.LinkByName(l.name)
+		if err != nil {
+			return fmt.Errorf("find %s: %w", l.name, err)
+		}
+		for _, a := range l.addrs {
+			if err := l.h.AddrAdd(link, &netlink.Addr{IPNet: ipNet(a)}); err != nil {
+				return fmt.Errorf("give %s to %s: %w", a, l.name, err)
+			}
+		}
+		if err := l.h.LinkSetUp(link); err != nil {
+			return fmt.Errorf("set %s up: %w", l.name, err)
+		}
+	}
+	for _, route := range []struct {
+		h       *netlink.Handle
+		to      netip.Prefix
+		gateway netip.Addr
+	}{
+		{r, scenario.HostNet, scenario.RedGate}, {u, scenario.HostNet, scenario.UserGate},
+		{b, scenario.SpoofNet, ep.Sources[0]}, // answers to forged sources end at red, which drops them
+	} {
+		if err := route.h.RouteAdd(&netlink.Route{Dst: ipNet(route.to), Gw: route.gateway.AsSlice()}); err != nil {
+			return fmt.Errorf("route %s: %w", route.to, err)
+		}
+	}
+	return nil
+}
+
+func handleOf(pid int) (*netlink.Handle, error) {
+	ns, err := netns.GetFromPid(pid)
+	if err != nil {
+		return nil, fmt.Errorf("open network namespace of %d: %w", pid, err)
+	}
+	defer ns.Close()
+	return netlink.NewHandleAt(ns, unix.NETLINK_ROUTE)
+}
+
+func ipNet(p netip.Prefix) *net.IPNet {
+	return &net.IPNet{IP: p.Addr().AsSlice(), Mask: net.CIDRMask(p.Bits(), 32)}
+}
+
+// Apply implements scenario.Sides.
+func (w *workerField) Apply(_ context.Context, a scenario.Action) error {
+	return w.blue.call("apply", a, nil)
+}
+
+// Attack implements scenario.Sides. A side that dies has lost its stage, not the episode's field.
+func (w *workerField) Attack(_ context.Context, i int) (scenario.Result, error) {
+	var r scenario.Result
+	if w.listens[i] {
+		if err := w.red.call("prepare", i, nil); err != nil {
+			return r, err
+		}
+		came := false
+		if err := w.blue.call("tick", nil, &came); err != nil {
+			return r, err
+		}
+		if !came {
+			r.Error = "nobody came"
+			return r, nil
+		}
+	}
+	err := w.red.call("run", i, &r)
+	return r, err
+}
+
+// Release implements scenario.Sides.
+func (w *workerField) Release(context.Context) error { return w.red.call("release", nil, nil) }
+
+// Users implements scenario.Sides; the users stand in the worker's own namespace.
+func (w *workerField) Users(ctx context.Context, host string, n int) (int, error) {
+	h, ok := scenario.HostByName(host)
+	if !ok {
+		return 0, fmt.Errorf("unknown host %q", host)
+	}
+	return blue.Users(ctx, w.users, scenario.User, h, n), nil
+}
+
+// Events implements scenario.Sides.
+func (w *workerField) Events(context.Context) ([]scenario.Event, error) {
+	var e []scenario.Event
+	err := w.blue.call("events", nil, &e)
+	return e, err
+}
