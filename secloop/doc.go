@@ -8,5 +8,5 @@
 // battle-field here is Drill, a small deterministic simulation with ten attack
 // kinds and eleven tools; the interface Battlefield is what others implement.
 //
-// Read alert.go, strategy.go, drill.go, reward.go, then loop.go.
+// Read alert.go, strategy.go, drill.go, reward.go, then agent.go.
 package secloop

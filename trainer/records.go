@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"go.etcd.io/bbolt"
+	bbolterrors "go.etcd.io/bbolt/errors"
 
 	"trainerd/internal/crashpoint"
 	"trainerd/internal/durable"
@@ -158,7 +159,7 @@ type records struct{ db *bbolt.DB }
 func openRecords(path string) (*records, error) {
 	db, err := bbolt.Open(path, 0o600, &bbolt.Options{Timeout: 2 * time.Second, NoSync: crashpoint.Off("records.fsync")})
 	if err != nil {
-		if errors.Is(err, bbolt.ErrTimeout) {
+		if errors.Is(err, bbolterrors.ErrTimeout) {
 			return nil, fault.New(fault.Unavailable, "data_in_use", "open %s: another trainerd holds it", path)
 		}
 		return nil, fmt.Errorf("open %s: %w", path, err)
