@@ -14,7 +14,7 @@ STATICCHECK_VERSION := v0.8.2
 MINIO_VERSION       := latest
 SMOLLM2             := $(CACHE)/smollm2/SmolLM2.gguf
 
-.PHONY: build test test-race test-parity test-minio test-interop test-readme lint bench demo demo-control demo-seeds demo-smollm2 goldens tools venv fuzz clean
+.PHONY: build test test-race test-parity test-minio test-interop test-readme lint bench demo demo-control demo-seeds demo-smollm2 crash soak crash-mutations goldens tools venv fuzz clean
 .PHONY: kernels trainerd-cuda cuda-driver cuda-check cuda-emulated device-bundle
 
 build: ## bin/trainerd, pure Go
@@ -48,6 +48,7 @@ lint: ## formatting, vet, staticcheck, import rules
 	@test -z "$$(gofmt -l $$(git ls-files '*.go'))" || { echo "gofmt wants:"; gofmt -l $$(git ls-files '*.go'); exit 1; }
 	$(GO) vet ./...
 	$(GO) vet -tags minio ./storage/...
+	$(GO) vet -tags crashpoints ./internal/... ./trainer ./storage/... ./rollout/...
 	$(GO) run honnef.co/go/tools/cmd/staticcheck@$(STATICCHECK_VERSION) ./...
 	$(GO) test -count=1 ./internal/archtest
 
@@ -69,6 +70,15 @@ demo-smollm2: build $(SMOLLM2) ## three SA-GRPO steps on SmolLM2-135M-Instruct
 goldens: venv $(SMOLLM2) ## makes parity/testdata anew (PyTorch)
 	TRAINERD_SMOLLM2=$(SMOLLM2) $(PY) parity/py/make_goldens.py
 	$(PY) sagrpo/testdata/trl_goldens.py
+
+crash: ## kill -9 and power cuts on a real server, 110 seeded deaths of each kind
+	CGO_ENABLED=0 $(GO) test -tags crashpoints -count=1 -v -timeout 10m -run 'TestKills|TestPowerCuts' ./internal/crashtest
+
+soak: ## the same for KILLS deaths of each kind (5000), from another SEED
+	CGO_ENABLED=0 $(GO) test -tags crashpoints -count=1 -v -timeout 24h -run 'TestKills|TestPowerCuts' ./internal/crashtest -kills $${KILLS:-5000} -seed $${SEED:-1000}
+
+crash-mutations: ## one sync or record left out at a time: each must turn the crash suite red
+	CGO_ENABLED=0 $(GO) test -tags crashpoints -count=1 -v -timeout 30m -parallel 3 -run TestMutations ./internal/crashtest
 
 fuzz: ## every decoder for a while
 	for p in $$(grep -rl --include='*_test.go' 'func Fuzz' . | xargs -n1 dirname | sort -u); do \
