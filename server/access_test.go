@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"math/rand/v2"
 	"net"
 	"net/http"
 	"net/http/httptest"
@@ -15,6 +16,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -471,10 +473,16 @@ func TestSourcesOfJobs(t *testing.T) {
 	}
 	e := servertest.Start(t, servertest.Options{Wrap: described(t), ModelDir: model, Sources: sources.Resolve})
 	c, ctx := connect(t, e)
-	for _, source := range []string{"dir:" + model, "dir:" + root + "/link", "dir:" + root + "/m/../link", "dir:" + root + "/m/../../" + filepath.Base(model), "dir:/etc", "dir:/nowhere", "s3://bucket/x", "dir:" + root + "/m\x00"} {
+	for _, source := range []string{"dir:" + model, "dir:" + root + "/link", "dir:" + root + "/m/../link", "dir:" + root + "/m/../../" + filepath.Base(model), "dir:/etc", "dir:/nowhere", "s3://bucket/x"} {
 		_, err := c.CreateJob(ctx, e.JobDocument(2, map[string]any{"model": map[string]any{"source": source}}), "")
 		var refusal *client.Error
 		if !asRefusal(err, &refusal) || refusal.Status != http.StatusForbidden || refusal.Code != "source_not_allowed" || refusal.Errors[0].Name != "model.source" {
+			t.Errorf("%q: %v", source, err)
+		}
+	}
+	for _, source := range []string{"dir:" + root + "/m\x00", "s3://169.254.169.254:80/latest", "s3://key:secret@bucket/x", "s3://bucket/../x", "http://127.0.0.1/x", "file:///etc", "DIR:" + root} {
+		_, err := c.CreateJob(ctx, e.JobDocument(2, map[string]any{"model": map[string]any{"source": source}}), "")
+		if client.Code(err) != "invalid_job" || !strings.Contains(err.Error(), "model.source") {
 			t.Errorf("%q: %v", source, err)
 		}
 	}
@@ -499,6 +507,100 @@ func unwrap(err error) error {
 	return nil
 }
 
+// TestRestartLooksAtSourcesAgain: what was allowed when a job was made may not be
+// when the server starts again. The job waits, loses nothing, and goes on once it may.
+func TestRestartLooksAtSourcesAgain(t *testing.T) {
+	var narrowed atomic.Bool
+	none, err := access.NewSources(nil, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	e := servertest.Start(t, servertest.Options{Sources: func(source string) (string, error) {
+		if narrowed.Load() {
+			return none.Resolve(source)
+		}
+		return source, nil
+	}})
+	c, ctx := connect(t, e)
+	j := create(t, c, ctx, e.JobDocument(2, nil))
+	await(t, c, ctx, j.ID, "loaded", func(j client.Job) bool { return j.State != "loading" })
+	if _, err := c.Submit(ctx, j.ID, servertest.Batch("g", 2, 2, -1, 1), ""); err != nil {
+		t.Fatal(err)
+	}
+	await(t, c, ctx, j.ID, "step 1", func(j client.Job) bool { return j.PolicyStep == 1 })
+	e.Stop()
+	narrowed.Store(true)
+	e.Boot(t)
+	c, ctx = connect(t, e)
+	for range 20 { // it tries again and again
+		time.Sleep(20 * time.Millisecond)
+		if got, err := c.Job(ctx, j.ID); err != nil || got.State != "loading" {
+			t.Fatalf("with a source that is no longer allowed: %s, %v", got.State, err)
+		}
+	}
+	narrowed.Store(false)
+	await(t, c, ctx, j.ID, "loaded again", func(j client.Job) bool { return j.State == "waiting" && j.Step == 1 })
+}
+
+// FuzzHTTP sends bytes as a request to a server with a job that somebody else
+// may use: no answer is a 5xx, refusals are problem documents, and without a
+// token nothing guarded is answered.
+func FuzzHTTP(f *testing.F) {
+	dir := f.TempDir()
+	file := filepath.Join(dir, "tokens.json")
+	_, own, err := access.CreateToken(file, access.Grant{Roles: access.Roles, Job: ownJob})
+	if err != nil {
+		f.Fatal(err)
+	}
+	_, admin, err := access.CreateToken(file, access.Grant{Roles: access.Roles})
+	if err != nil {
+		f.Fatal(err)
+	}
+	tokens, err := access.OpenTokens(file)
+	if err != nil {
+		f.Fatal(err)
+	}
+	none, err := access.NewSources(nil, nil)
+	if err != nil {
+		f.Fatal(err)
+	}
+	e := servertest.Start(f, servertest.Options{Guard: access.New(access.Options{Tokens: tokens}).Middleware, Sources: none.Resolve})
+	for _, route := range e.Server.Routes() {
+		method, path, _ := strings.Cut(route, " ")
+		f.Add([]byte(method+" "+fill(path, ownJob)+"?wait=1s&after=1&limit=2 HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nIdempotency-Key: k\r\nRange: bytes=0-1\r\nContent-Length: 2\r\n\r\n{}"), byte(2))
+	}
+	doc, err := json.Marshal(e.JobDocument(2, nil))
+	if err != nil {
+		f.Fatal(err)
+	}
+	f.Add(fmt.Appendf(nil, "POST /v1/jobs HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n%s", len(doc), doc), byte(2))
+	f.Add([]byte("GET /v1/jobs/..%2f%00/events HTTP/1.0\r\nAccept: text/event-stream;q=0, */*\r\nX-Request-Id: \x7f\r\n\r\n"), byte(0))
+	f.Fuzz(func(t *testing.T, raw []byte, who byte) {
+		r, err := http.ReadRequest(bufio.NewReader(bytes.NewReader(raw)))
+		if err != nil {
+			return
+		}
+		r.RemoteAddr = fmt.Sprintf("[2001:db8::%x]:1", rand.Uint32()) // each guesser from an address of its own
+		switch who % 3 {
+		case 1:
+			r.Header.Set("Authorization", "Bearer "+own)
+		case 2:
+			r.Header.Set("Authorization", "Bearer "+admin)
+		}
+		w := httptest.NewRecorder()
+		e.Server.ServeHTTP(w, r)
+		open := r.URL.Path == "/healthz" || r.URL.Path == "/readyz" || r.URL.Path == "/openapi.json"
+		switch {
+		case w.Code >= 500:
+			t.Errorf("%d %s", w.Code, w.Body)
+		case w.Code >= 400 && (w.Header().Get("Content-Type") != "application/problem+json" || w.Body.Len() > 0 && !json.Valid(w.Body.Bytes())):
+			t.Errorf("%d %v %s", w.Code, w.Header(), w.Body)
+		case w.Code < 400 && who%3 == 0 && !open:
+			t.Errorf("%d without a token: %s", w.Code, w.Body)
+		}
+	})
+}
+
 // TestSecretsStayOut sends tokens where they belong and where they do not, and
 // looks for them in everything that is written or answered.
 func TestSecretsStayOut(t *testing.T) {
@@ -517,6 +619,11 @@ func TestSecretsStayOut(t *testing.T) {
 	}
 	await(t, c, ctx, j.ID, "step 1 published", func(j client.Job) bool { return j.PolicyStep == 1 })
 	var seen bytes.Buffer
+	_, err = c.CreateJob(ctx, g.JobDocument(2, map[string]any{"model": map[string]any{"source": "s3://key:hunter2hunter2@bucket/x"}}), "")
+	if client.Code(err) != "invalid_job" || !strings.Contains(err.Error(), "model.source") {
+		t.Errorf("a source with a password: %v", err)
+	}
+	fmt.Fprintln(&seen, err)
 	for _, r := range []struct {
 		method, path string
 		header       map[string]string
@@ -556,6 +663,9 @@ func TestSecretsStayOut(t *testing.T) {
 		t.Error("the log has no requests, so it shows nothing")
 	}
 	seen.Write(g.log.Bytes())
+	if bytes.Contains(seen.Bytes(), []byte("hunter2")) {
+		t.Error("the password in a source was written or answered")
+	}
 	for _, text := range g.texts {
 		secret := text[strings.LastIndex(text, "_")+1:]
 		for _, part := range []string{secret, secret[:16], secret[24:40]} {
