@@ -156,7 +156,11 @@ func FuzzHeader(f *testing.F) {
 	f.Add([]byte(`{"x":{"dtype":"F32","shape":[4],"data_offsets":[0,16]}}`), make([]byte, 16))
 	f.Add([]byte(`{"__metadata__":{"format":"pt"},"a":{"dtype":"BF16","shape":[],"data_offsets":[0,2]},"b":{"dtype":"F16","shape":[0,3],"data_offsets":[2,2]}} `), make([]byte, 2))
 	f.Add([]byte(`{"x":{"dtype":"F32","shape":[9223372036854775807,2],"data_offsets":[0,9223372036854775807]}}`), []byte{})
+	f.Add([]byte(`{}`), []byte("\xff\xff\xff\xff\xff\xff\xff\x7f{}")) // as a file of its own: a header longer than memory
 	f.Fuzz(func(t *testing.T, header, data []byte) {
+		if _, err := readHeader("f", bytes.NewReader(data), int64(len(data))); err != nil && fault.KindOf(err) != fault.Malformed {
+			t.Fatalf("of the bytes alone: %v is no malformed fault", err)
+		}
 		file := rawFile(string(header), data)
 		entries, err := readHeader("f", bytes.NewReader(file), int64(len(file)))
 		if err != nil {
