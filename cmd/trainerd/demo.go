@@ -39,6 +39,7 @@ type demo struct {
 	evalPrompts         int
 	evalEvery           int
 	lr                  float64
+	device              string
 	smollm2             string
 
 	client *client.Client
@@ -96,6 +97,7 @@ func newDemo() *cobra.Command {
 	f.IntVar(&d.evalPrompts, "eval-prompts", 240, "held-out alerts")
 	f.IntVar(&d.evalEvery, "eval-every", 10, "steps between held-out measurements")
 	f.StringVar(&keep, "keep", "", "directory to keep server data, store and models in")
+	f.StringVar(&d.device, "device", "cpu", "cpu, cuda:N or auto; numbers repeat from run to run on one kind of device")
 	f.StringVar(&d.smollm2, "smollm2", "", "GGUF of SmolLM2-135M-Instruct: run a few steps on it instead")
 	return cmd
 }
@@ -122,10 +124,10 @@ func (d *demo) settle(cmd *cobra.Command) error {
 	return nil
 }
 
-// start boots a server on loopback with the CPU device and a directory store.
+// start boots a server on loopback with the chosen device and a directory store.
 func (d *demo) start(ctx context.Context) (p *Program, err error) {
 	cfg := DefaultConfig()
-	cfg.Listen, cfg.Device = "127.0.0.1:0", "cpu"
+	cfg.Listen, cfg.Device = "127.0.0.1:0", d.device
 	cfg.Data, cfg.Store = filepath.Join(d.dir, "data"), "dir:"+filepath.Join(d.dir, "store")
 	p = &Program{Config: cfg, Log: d.con.log}
 	if err = p.Start(ctx); err != nil {
