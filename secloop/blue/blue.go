@@ -174,6 +174,22 @@ func (b *Blue) Events() []scenario.Event {
 	return append([]scenario.Event(nil), b.events...)
 }
 
+// Settle waits until no connection is being served, for half a second at most:
+// what red let go of is then noticed everywhere.
+func (b *Blue) Settle() {
+	for end := time.Now().Add(500 * time.Millisecond); time.Now().Before(end); time.Sleep(200 * time.Microsecond) {
+		b.mu.Lock()
+		n := 0
+		for _, busy := range b.busy {
+			n += busy
+		}
+		b.mu.Unlock()
+		if n == 0 {
+			return
+		}
+	}
+}
+
 // Set changes a service's setting.
 func (b *Blue) Set(s scenario.Setting) error {
 	if _, ok := scenario.HostByName(s.Host); !ok {

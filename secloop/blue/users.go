@@ -18,21 +18,22 @@ import (
 
 // Users opens n connections to a host as legitimate clients do, four at a time,
 // and returns how many were served. After two that were not it asks no more.
-func Users(ctx context.Context, stand scenario.Stand, src netip.Addr, h scenario.Host, n int) int {
+func Users(ctx context.Context, stand scenario.Stand, h scenario.Host, n int) int {
 	var served, failed atomic.Int32
-	turns := make(chan struct{}, n)
-	for range n {
-		turns <- struct{}{}
+	turns := make(chan int, n)
+	for i := range n {
+		turns <- i
 	}
+	from := scenario.UserAddrs()
 	close(turns)
 	var wg sync.WaitGroup
 	for range 4 {
 		wg.Go(func() {
-			for range turns {
+			for i := range turns {
 				if failed.Load() >= 2 {
 					return
 				}
-				if User(ctx, stand, src, h) == nil {
+				if User(ctx, stand, from[i%len(from)], h) == nil {
 					served.Add(1)
 				} else {
 					failed.Add(1)

@@ -58,6 +58,9 @@ func blueRole() error {
 			return nil, apply(a, b, filter)
 		case "tick":
 			return b.Tick(context.Background()), nil
+		case "settle":
+			b.Settle()
+			return nil, nil
 		case "events":
 			return append(b.Events(), kernelEvents()...), nil
 		}

@@ -9,6 +9,7 @@ import (
 	"net/netip"
 	"os"
 	"syscall"
+	"time"
 
 	"github.com/vishvananda/netlink"
 	"github.com/vishvananda/netns"
@@ -188,6 +189,10 @@ func wire(ep scenario.Episode, bluePid, redPid int) error {
 	for _, h := range scenario.Hosts() {
 		hostAddrs = append(hostAddrs, netip.PrefixFrom(h.Addr, 32))
 	}
+	var userAddrs []netip.Prefix
+	for _, a := range scenario.UserAddrs() {
+		userAddrs = append(userAddrs, netip.PrefixFrom(a, 24))
+	}
 	var redAddrs []netip.Prefix
 	for _, a := range ep.Sources {
 		redAddrs = append(redAddrs, netip.PrefixFrom(a, 24))
@@ -199,7 +204,7 @@ func wire(ep scenario.Episode, bluePid, redPid int) error {
 	}{
 		{b, "lo", hostAddrs}, {b, "blue0", []netip.Prefix{netip.PrefixFrom(scenario.RedGate, 24)}},
 		{b, "blue1", []netip.Prefix{netip.PrefixFrom(scenario.UserGate, 24)}},
-		{r, "lo", nil}, {r, "red0", redAddrs}, {u, "lo", nil}, {u, "user0", []netip.Prefix{netip.PrefixFrom(scenario.User, 24)}},
+		{r, "lo", nil}, {r, "red0", redAddrs}, {u, "lo", nil}, {u, "user0", userAddrs},
 	} {
 		link, err := l.h.LinkByName(l.name)
 		if err != nil {
@@ -212,6 +217,16 @@ func wire(ep scenario.Episode, bluePid, redPid int) error {
 		}
 		if err := l.h.LinkSetUp(link); err != nil {
 			return fmt.Errorf("set %s up: %w", l.name, err)
+		}
+	}
+	// The kernel carries packets only after its own housekeeping has seen the link
+	// come up; an address request that is lost before is repeated after a second.
+	for _, l := range []struct {
+		h    *netlink.Handle
+		name string
+	}{{b, "blue0"}, {b, "blue1"}, {r, "red0"}, {u, "user0"}} {
+		if err := awaitUp(l.h, l.name); err != nil {
+			return err
 		}
 	}
 	for _, route := range []struct {
@@ -227,6 +242,21 @@ func wire(ep scenario.Episode, bluePid, redPid int) error {
 		}
 	}
 	return nil
+}
+
+func awaitUp(h *netlink.Handle, name string) error {
+	for end := time.Now().Add(3 * time.Second); ; time.Sleep(500 * time.Microsecond) {
+		link, err := h.LinkByName(name)
+		if err != nil {
+			return fmt.Errorf("find %s: %w", name, err)
+		}
+		if link.Attrs().OperState == netlink.OperUp {
+			return nil
+		}
+		if time.Now().After(end) {
+			return fmt.Errorf("%s is %s after 3 s, expected up", name, link.Attrs().OperState)
+		}
+	}
 }
 
 func handleOf(pid int) (*netlink.Handle, error) {
@@ -268,7 +298,12 @@ func (w *workerField) Attack(_ context.Context, i int) (scenario.Result, error) 
 }
 
 // Release implements scenario.Sides.
-func (w *workerField) Release(context.Context) error { return w.red.call("release", nil, nil) }
+func (w *workerField) Release(context.Context) error {
+	if err := w.red.call("release", nil, nil); err != nil {
+		return err
+	}
+	return w.blue.call("settle", nil, nil)
+}
 
 // Users implements scenario.Sides; the users stand in the worker's own namespace.
 func (w *workerField) Users(ctx context.Context, host string, n int) (int, error) {
@@ -276,7 +311,7 @@ func (w *workerField) Users(ctx context.Context, host string, n int) (int, error
 	if !ok {
 		return 0, fmt.Errorf("unknown host %q", host)
 	}
-	return blue.Users(ctx, w.users, scenario.User, h, n), nil
+	return blue.Users(ctx, w.users, h, n), nil
 }
 
 // Events implements scenario.Sides.

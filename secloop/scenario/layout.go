@@ -18,7 +18,6 @@ var (
 	SpoofNet   = netip.MustParsePrefix("198.18.4.0/24") // forged sources of floods
 	RedGate    = netip.MustParseAddr("198.18.0.1")
 	UserGate   = netip.MustParseAddr("198.18.1.1")
-	User       = netip.MustParseAddr("198.18.1.10")
 	loopback   = netip.MustParsePrefix("127.0.0.0/8")
 	Metadata   = netip.MustParseAddrPort("127.0.0.1:9000") // the internal service that SSRF is after
 	TrustedWWW = netip.MustParseAddr("198.18.2.11")        // what www.corp.test should resolve to
@@ -116,3 +115,12 @@ const SynOverflow = "syn_overflow"
 
 // Forged is the i-th forged source of a flood.
 func Forged(i int) netip.Addr { return netip.AddrFrom4([4]byte{198, 18, 4, byte(1 + i%250)}) }
+
+// UserAddrs are the addresses of legitimate clients, who take turns.
+func UserAddrs() []netip.Addr {
+	var a []netip.Addr
+	for i := range 5 {
+		a = append(a, netip.AddrFrom4([4]byte{198, 18, 1, byte(10 + i)}))
+	}
+	return a
+}

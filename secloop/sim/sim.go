@@ -76,6 +76,7 @@ func (t *teams) Attack(ctx context.Context, i int) (scenario.Result, error) {
 
 func (t *teams) Release(context.Context) error {
 	t.red.Release()
+	t.blue.Settle()
 	return nil
 }
 
@@ -84,7 +85,7 @@ func (t *teams) Users(ctx context.Context, host string, n int) (int, error) {
 	if !ok {
 		return 0, fmt.Errorf("unknown host %q", host)
 	}
-	return blue.Users(ctx, t.network, scenario.User, h, n), nil
+	return blue.Users(ctx, t.network, h, n), nil
 }
 
 func (t *teams) Events(context.Context) ([]scenario.Event, error) {
