@@ -45,6 +45,9 @@ var mutations = []mutation{
 	{"spool.recovered", "the sync of a frame that a killed process wrote", 0, func(r *rand.Rand) []strike {
 		return []strike{{at: "spool.frame_written", n: 2, after: time.Second}, {at: "spool.payload_written", n: 1, after: time.Second, power: true}}
 	}},
+	{"spool.recovered_name", "the sync of a segment's name that a killed process left", 0, func(r *rand.Rand) []strike {
+		return []strike{{at: "spool.new_segment", n: 2, after: time.Second}, {at: "spool.payload_written", n: 2, after: time.Second, power: true}}
+	}},
 	{"store.dir_name", "the sync of a new directory's name in the store", 0, cuts("step.before_record", 4, 3)},
 	{"store.file", "the sync of a stored file", 0, cuts("step.before_record", 4, 3)},
 	{"store.file_name", "the sync of a stored file's name", 0, cuts("step.before_record", 4, 3)},

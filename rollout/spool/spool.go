@@ -149,8 +149,12 @@ func (l *Log) recover(s *segment) (err error) {
 			return fmt.Errorf("cut the torn tail of %s: %w", s.name, err)
 		}
 	}
-	// A whole frame may never have been synced: it is from here on.
-	return crashpoint.Sync("spool.recovered", l.active)
+	// A whole frame may never have been synced, nor the segment's name, if the
+	// process that wrote them was killed: they are from here on.
+	if err := crashpoint.Sync("spool.recovered", l.active); err != nil {
+		return err
+	}
+	return crashpoint.Sync("spool.recovered_name", l.disk)
 }
 
 // roll begins the next segment.
