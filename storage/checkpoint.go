@@ -19,7 +19,9 @@ type Checkpoints struct{ Blob Blob }
 // Latest returns the manifest that latest.json names; ErrNotFound when there is none.
 // Where latest.json is missing, damaged or names a checkpoint that is gone, it
 // is the newest whole checkpoint of List: a crash between manifest and
-// latest.json loses nothing.
+// latest.json loses nothing. Once latest.json exists the answer never goes back
+// to an older step; until then, several committers at once of a job's very first
+// checkpoints can make it do so (a job has one committer).
 func (c Checkpoints) Latest(ctx context.Context, job string) (Manifest, error) {
 	if err := CheckJob(job); err != nil {
 		return Manifest{}, err

@@ -86,10 +86,11 @@ func (c Checkpoints) moveLatest(ctx context.Context, m Manifest, raw []byte) err
 		switch {
 		case err == nil && !m.newer(now.Step, now.Attempt):
 			return nil
-		case errors.Is(err, ErrNotFound):
-			cond = Condition{IfAbsent: true}
-		case errors.Is(err, errBadLatest):
-			// What it named is unknown, so only the newest whole checkpoint may replace it.
+		case errors.Is(err, ErrNotFound), errors.Is(err, errBadLatest):
+			// What readers were shown meanwhile is the newest whole checkpoint, so only that may take its place.
+			if errors.Is(err, ErrNotFound) {
+				cond = Condition{IfAbsent: true}
+			}
 			newest, err := c.newestWhole(ctx, m.Job)
 			if err != nil {
 				return fmt.Errorf("mend latest.json of job %s: %w", m.Job, err)
