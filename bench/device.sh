@@ -28,7 +28,7 @@ section() {
   fi
   timeout -k 5 "$limit" "$@" >"$OUT/$name.log" 2>&1
   rc=$?
-  grep -hE '^\{.*\}$' "$OUT/$name.log" | while read -r line; do say "$line"; done
+  grep -hE '^\{"name".*\}$' "$OUT/$name.log" | while read -r line; do say "$line"; done
   say "{\"section\":\"$name\",\"rc\":$rc,\"seconds\":$((SECONDS - start)),\"limit\":$limit}"
   if [ $rc = 0 ]; then passed=$((passed + 1)); else failed=$((failed + 1)); tail -n 15 "$OUT/$name.log"; fi
 }

@@ -182,8 +182,14 @@ func (q *queue) take() error {
 	return err
 }
 
-// stop runs the last step, whatever failed before, and ends the owner.
+// stop runs the last step, whatever failed before, and ends the owner. A second stop does nothing.
 func (q *queue) stop(last command) error {
+	q.mu.Lock()
+	ended := q.ended
+	q.mu.Unlock()
+	if ended {
+		return nil
+	}
 	var err error
 	run := last.run
 	last.always, last.done = true, make(chan struct{})
