@@ -62,7 +62,7 @@ def main():
         ours = lines([a.trainerd, "bench", "step", "--shape", a.shape, "--load", a.load, "--device", "cpu", "--workers", a.threads, "--repeats", a.repeats], env)[0]
         print(json.dumps({"impl": "torch", **theirs}), flush=True)
         print(json.dumps(ours), flush=True)
-        ratios.append(ours["rollouts_s"] / theirs["rollouts_s"])
+        ratios.append(theirs["step_s"] / ours["step_s"])  # the same rollouts; torch_baseline.py rounds rollouts_s
     print(json.dumps({"name": "ratio", "shape": a.shape, "load": a.load, "threads": a.threads, "rounds": [round(r, 3) for r in ratios],
                       "median": round(statistics.median(ratios), 3)}), flush=True)
 
