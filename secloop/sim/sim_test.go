@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"slices"
+	"strings"
 	"testing"
 	"time"
 
@@ -65,7 +66,9 @@ func TestEveryChainGoesThroughUnlessStopped(t *testing.T) {
 	}
 }
 
-// TestSameAlertSameFeedback plays random alerts and strategies twice, from many goroutines.
+// TestSameAlertSameFeedback plays random alerts and strategies twice, from many
+// goroutines. Floods are left out: they fill real queues, and with a limit near
+// the queue's length who is served depends on scheduling (docs/secloop.md).
 func TestSameAlertSameFeedback(t *testing.T) {
 	seed := uint64(time.Now().UnixNano())
 	t.Logf("seed %d", seed)
@@ -73,6 +76,9 @@ func TestSameAlertSameFeedback(t *testing.T) {
 	errs := make(chan error, 32)
 	for range cap(errs) {
 		a := scenario.RandomAlert(r)
+		for strings.HasSuffix(a.Attack, "_flood") {
+			a = scenario.RandomAlert(r)
+		}
 		s := scenario.RandomStrategy(r, a)
 		go func() {
 			first, err := Field{}.Run(context.Background(), a, s)
