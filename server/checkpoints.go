@@ -65,16 +65,22 @@ func (s *Server) listCheckpoints(c echo.Context) error {
 	return c.JSON(http.StatusOK, checkpointList{Checkpoints: all})
 }
 
-func (s *Server) getCheckpoint(c echo.Context) error {
+// checkpoint finds the checkpoint that a path names, and its job.
+func (s *Server) checkpoint(c echo.Context) (*trainer.Job, storage.Manifest, error) {
 	job, err := s.job(c)
 	if err != nil {
-		return err
+		return nil, storage.Manifest{}, err
 	}
 	step, err := pathInt(c, "step")
 	if err != nil {
-		return err
+		return nil, storage.Manifest{}, err
 	}
 	man, err := job.Checkpoint(c.Request().Context(), step)
+	return job, man, err
+}
+
+func (s *Server) getCheckpoint(c echo.Context) error {
+	_, man, err := s.checkpoint(c)
 	if err != nil {
 		return err
 	}
@@ -156,15 +162,7 @@ func (s *Server) untilClose(ctx context.Context) (context.Context, context.Cance
 // digest (RFC 9530). A file of a checkpoint never changes under its ETag. With
 // ?redirect=true a store that can hands the client to itself.
 func (s *Server) checkpointFile(c echo.Context) error {
-	job, err := s.job(c)
-	if err != nil {
-		return err
-	}
-	step, err := pathInt(c, "step")
-	if err != nil {
-		return err
-	}
-	man, err := job.Checkpoint(c.Request().Context(), step)
+	job, man, err := s.checkpoint(c)
 	if err != nil {
 		return err
 	}

@@ -262,14 +262,7 @@ func (d *demo) createLoop(ctx context.Context, source string) (string, error) {
 	if err != nil {
 		return "", fmt.Errorf("create job: %w", err)
 	}
-	d.node.job = job.ID
-	// Inference nodes need a first policy: publish what the job starts from.
-	if _, err := d.client.Wait(ctx, job.ID, pollEvery, func(j client.Job) bool { return j.State != "loading" }); err != nil {
-		return "", err
-	}
-	if _, err := d.client.Publish(ctx, job.ID, false); err != nil {
-		return "", fmt.Errorf("publish the initial policy: %w", err)
-	}
+	d.node.job = job.ID // the server publishes what the job starts from as step 0
 	return job.ID, nil
 }
 
