@@ -174,7 +174,7 @@ func (j *Job) check(b *rollout.Batch, digest string) (rolloutMeta, error) {
 
 // room refuses a batch that the queue has no room for now. Called with mu held.
 func (j *Job) room(b *rollout.Batch) error {
-	d, l := j.asm.Depth(), j.m.limits
+	d, l := j.asm.Depth(), j.spec.Limits.queueLimits(j.m.limits)
 	rows, tokens := len(b.Rollouts), b.Tokens()
 	if rows > l.MaxQueuedRollouts || tokens > l.MaxQueuedTokens {
 		return &fault.Error{Kind: fault.TooLarge, Code: "batch_too_large", Msg: "the batch alone is over the queue's limit", Fields: []fault.Field{

@@ -27,6 +27,7 @@ type Limits struct {
 	MaxBatchTokens    int64 // prompts counted per row; default 16 Mi
 	MaxQueuedRollouts int   // of a job; default 262144
 	MaxQueuedTokens   int64 // of a job, each prompt once; default 256 Mi
+	MaxQueuedBytes    int64 // of a job, its rows' payload in memory; default 2 GiB
 	MaxJobs           int   // that are not final; default 64
 	MaxSampleRows     int   // completions of one sampling request; default 4096
 	Decoders          int   // Arrow bodies decoded at once; default 4
@@ -50,6 +51,7 @@ func (l Limits) withDefaults() Limits {
 	def64(&l.MaxBatchTokens, 16<<20)
 	def(&l.MaxQueuedRollouts, 1<<18)
 	def64(&l.MaxQueuedTokens, 256<<20)
+	def64(&l.MaxQueuedBytes, 2<<30)
 	def(&l.MaxJobs, 64)
 	def(&l.MaxSampleRows, 4096)
 	def(&l.Decoders, 4)
@@ -170,6 +172,9 @@ func (m *Manager) Create(ctx context.Context, body []byte, key string) (job *Job
 	}
 	spec, err := ParseSpec(body)
 	if err != nil {
+		return nil, false, err
+	}
+	if err := spec.Limits.within(m.limits); err != nil {
 		return nil, false, err
 	}
 	if err := m.admitJob(); err != nil {

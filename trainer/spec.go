@@ -20,6 +20,10 @@ type Spec struct {
 	Batch      BatchSpec        `json:"batch"`
 	Checkpoint CheckpointSpec   `json:"checkpoint"`
 	Sampling   SamplingSpec     `json:"sampling"`
+	Limits     LimitsSpec       `json:"limits"`
+	// Priority is the job's weight where jobs compete for the device: of two that
+	// both have work, one of 20 gets twice the device time of one of 10.
+	Priority int64 `json:"priority"`
 	MaxSteps   int64            `json:"max_steps"` // 0: endless
 	// Seed gives sampling requests without a seed of their own one that is a
 	// function of it and of the request's number in the job. Steps draw nothing.
@@ -61,6 +65,26 @@ type CheckpointSpec struct {
 type SamplingSpec struct {
 	MaxSequences int64 `json:"max_sequences"` // decoded at once; 0: no sampling
 	MaxTokens    int64 `json:"max_tokens"`    // cache rows of one decoding: prompts and new tokens
+}
+
+// LimitsSpec bounds what may wait in the job's queue before it answers 429. 0
+// means the server's limit, which none of them may exceed.
+type LimitsSpec struct {
+	MaxQueuedRollouts int64 `json:"max_queued_rollouts"`
+	MaxQueuedTokens   int64 `json:"max_queued_tokens"` // each prompt once
+	MaxQueuedBytes    int64 `json:"max_queued_bytes"`  // of the rows' payload in memory
+}
+
+// defaultPriority is the weight of a job that does not name one, and of jobs
+// that were recorded before there were priorities.
+const defaultPriority = 10
+
+// weight returns the job's share of contended device time, relative to others'.
+func (s *Spec) weight() int64 {
+	if s.Priority == 0 {
+		return defaultPriority
+	}
+	return s.Priority
 }
 
 // Source schemes of ModelSpec.Source.
@@ -117,6 +141,7 @@ func ParseSpec(raw []byte) (Spec, error) {
 		Batch:      BatchSpec{GroupsPerStep: 4, MaxTokens: 16384, MaxPolicyLag: 4, MissingStep: "accept", GroupTimeout: "0s", IncompleteWhat: "drop", Recompute: "cheap"},
 		Checkpoint: CheckpointSpec{PublishEverySteps: 1, SnapshotEverySteps: 10, KeepLast: 3, KeepEvery: 100, DType: "source"},
 		Sampling:   SamplingSpec{MaxSequences: 32, MaxTokens: 8192},
+		Priority:   defaultPriority,
 	}
 	version := int64(1)
 	o.integer("version", &version, 1, 1)
@@ -126,6 +151,7 @@ func ParseSpec(raw []byte) (Spec, error) {
 	}
 	o.integer("max_steps", &s.MaxSteps, 0, maxSteps)
 	o.integer("seed", &s.Seed, 0, 1<<53-1)
+	o.integer("priority", &s.Priority, 1, 100)
 
 	m := o.object("model")
 	m.text("source", &s.Model.Source)
@@ -141,6 +167,7 @@ func ParseSpec(raw []byte) (Spec, error) {
 	s.Batch.parse(o.object("batch"))
 	s.parseAlgorithm(o, &f)
 	s.Checkpoint.parse(o.object("checkpoint"))
+	s.Limits.parse(o.object("limits"))
 
 	p := o.object("sampling")
 	p.integer("max_sequences", &s.Sampling.MaxSequences, 0, 1<<16)
@@ -186,6 +213,50 @@ func (c *CheckpointSpec) parse(o *object) {
 	}
 	o.oneOf("dtype", &c.DType, "source", "F32", "BF16", "F16")
 	o.finish()
+}
+
+func (l *LimitsSpec) parse(o *object) {
+	o.integer("max_queued_rollouts", &l.MaxQueuedRollouts, 0, 1<<40)
+	o.integer("max_queued_tokens", &l.MaxQueuedTokens, 0, 1<<50)
+	o.integer("max_queued_bytes", &l.MaxQueuedBytes, 0, 1<<50)
+	o.finish()
+}
+
+// within refuses a limit that the server's own does not allow, so that none is
+// accepted and then cut down.
+func (l *LimitsSpec) within(server Limits) error {
+	var f faults
+	for _, x := range []struct {
+		name      string
+		got, most int64
+	}{
+		{"limits.max_queued_rollouts", l.MaxQueuedRollouts, int64(server.MaxQueuedRollouts)},
+		{"limits.max_queued_tokens", l.MaxQueuedTokens, server.MaxQueuedTokens},
+		{"limits.max_queued_bytes", l.MaxQueuedBytes, server.MaxQueuedBytes},
+	} {
+		if x.got > x.most {
+			f.add(x.name, x.got, "at most "+strconv.FormatInt(x.most, 10)+", the server's limit")
+		}
+	}
+	if len(f) == 0 {
+		return nil
+	}
+	return &fault.Error{Kind: fault.Invalid, Code: "invalid_job", Msg: "job document", Fields: f}
+}
+
+// queueLimits are what bounds a job's queue: its own limits where it has them,
+// and never more than the server's, which may have come down since.
+func (l *LimitsSpec) queueLimits(server Limits) Limits {
+	least := func(own, most int64) int64 {
+		if own == 0 {
+			return most
+		}
+		return min(own, most)
+	}
+	server.MaxQueuedRollouts = int(least(l.MaxQueuedRollouts, int64(server.MaxQueuedRollouts)))
+	server.MaxQueuedTokens = least(l.MaxQueuedTokens, server.MaxQueuedTokens)
+	server.MaxQueuedBytes = least(l.MaxQueuedBytes, server.MaxQueuedBytes)
+	return server
 }
 
 // combinations refuses settings that are each in range and make no sense together.

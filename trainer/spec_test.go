@@ -78,6 +78,10 @@ func TestSpecZeroTakesItsCompanionAlong(t *testing.T) {
 
 func TestSpecRefuses(t *testing.T) {
 	for doc, field := range map[string]string{
+		`{"model":{"source":"dir:/m"},"priority":0}`:                                                        "priority",
+		`{"model":{"source":"dir:/m"},"priority":101}`:                                                      "priority",
+		`{"model":{"source":"dir:/m"},"limits":{"max_queued_rollouts":-1}}`:                                 "limits.max_queued_rollouts",
+		`{"model":{"source":"dir:/m"},"limits":{"max_queued_batches":1}}`:                                   "limits.max_queued_batches",
 		`{"model":{"source":"dir:/m"},"model":{"source":"dir:/n"}}`:                                         "model",
 		`{"model":{"source":"dir:"}}`:                                                                       "model.source",
 		`{"model":{"source":"s3://bucket"}}`:                                                                "model.source",
@@ -149,4 +153,21 @@ func FuzzParseSpec(f *testing.F) {
 			t.Errorf("read back:\n%s", d)
 		}
 	})
+}
+
+// TestSpecLimits: a job's limits lower the server's, and one above it is refused
+// rather than cut down.
+func TestSpecLimits(t *testing.T) {
+	server := Limits{MaxQueuedRollouts: 100, MaxQueuedTokens: 1000, MaxQueuedBytes: 10000}
+	s, err := ParseSpec([]byte(`{"model":{"source":"dir:/m"},"limits":{"max_queued_rollouts":7,"max_queued_bytes":10001}}`))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if l := s.Limits.queueLimits(server); l.MaxQueuedRollouts != 7 || l.MaxQueuedTokens != 1000 || l.MaxQueuedBytes != 10000 {
+		t.Errorf("limits in force %+v", l)
+	}
+	f, _ := fault.As(s.Limits.within(server))
+	if f == nil || f.Kind != fault.Invalid || len(f.Fields) != 1 || f.Fields[0].Name != "limits.max_queued_bytes" {
+		t.Errorf("a limit above the server's gives %+v", f)
+	}
 }
