@@ -38,12 +38,13 @@ type Assembler struct {
 	live     map[string]*entry // open, ready and taken groups
 	opened   []*entry          // open groups by first row; closed ones are swept lazily
 	ready    []*entry          // by order
-	closed   map[digest]closed // for the life of the job
-	seen     map[digest]digest // rollout_id -> content, for the life of the job
-	batches  map[uint64][]string
-	last     uint64 // newest sequence number
-	order    uint64 // next place in ready
-	version  uint64 // of the state, for the plan's cache
+	closed   ledger[closed]    // for the life of the job
+	seen     ledger[digest]    // rollout_id -> content, for the life of the job
+	batches  []batchGroups     // ascending, for the life of the job
+	reasons  []string          // that closed groups name by their place
+	last     uint64            // newest sequence number
+	order    uint64            // next place in ready
+	version  uint64            // of the state, for the plan's cache
 	planned  *plan
 	depth    Depth
 	counters Counters
@@ -66,8 +67,16 @@ type entry struct {
 
 // closed is what stays of a group.
 type closed struct {
-	state State
-	rows  int32
+	step   int64
+	rows   int32
+	reason uint16 // place in Assembler.reasons
+	status Status
+}
+
+// batchGroups names the groups of a batch in the order of its rows.
+type batchGroups struct {
+	seq    uint64
+	groups []string
 }
 
 // AddResult says what a batch did.
@@ -84,7 +93,7 @@ func NewAssembler(o AssemblerOptions) *Assembler {
 		o.GroupSize = 1
 	}
 	return &Assembler{
-		opts: o, live: map[string]*entry{}, closed: map[digest]closed{}, seen: map[digest]digest{}, batches: map[uint64][]string{},
+		opts: o, live: map[string]*entry{},
 		counters: Counters{GroupsDropped: map[string]int64{}, RolloutsDropped: map[string]int64{}},
 	}
 }
@@ -109,15 +118,18 @@ func (a *Assembler) Add(seq uint64, b *Batch) (AddResult, error) {
 	}
 	a.changed()
 	a.last = seq
-	maps.Copy(a.seen, p.seen)
+	for _, r := range p.seen {
+		a.seen.add(r.name, r.value)
+	}
 	a.sweep()
 	var res AddResult
 	touched := map[string]bool{}
+	var groups []string
 	for i := range b.Rollouts {
 		r := &b.Rollouts[i]
 		if !touched[r.GroupID] {
 			touched[r.GroupID] = true
-			a.batches[seq] = append(a.batches[seq], r.GroupID)
+			groups = append(groups, r.GroupID)
 		}
 		if p.duplicate[i] {
 			res.Duplicates++
@@ -153,6 +165,8 @@ func (a *Assembler) Add(seq uint64, b *Batch) (AddResult, error) {
 			res.GroupsOpen++
 		}
 	}
+	a.batches = append(a.batches, batchGroups{seq, groups})
+	a.counters.Batches++
 	a.counters.Rollouts += int64(res.Rows)
 	a.counters.Duplicates += int64(res.Duplicates)
 	a.counters.GroupsCompleted += int64(res.GroupsCompleted)
@@ -198,6 +212,7 @@ func unite(names [][]string, rows []Rollout) ([]string, []Rollout) {
 	}
 	slices.Sort(all)
 	all = slices.Compact(all)
+	rows = slices.Clone(rows) // a Snapshot may hold them as they were
 	for i := range rows {
 		if rows[i].Components == nil {
 			continue
@@ -335,7 +350,7 @@ func (a *Assembler) close(e *entry, s State) GroupState {
 	}
 	e.state = s
 	delete(a.live, e.group.ID)
-	a.closed[name(e.group.ID)] = closed{state: s, rows: int32(rows)}
+	a.closed.add(name(e.group.ID), closed{step: s.Step, rows: int32(rows), reason: a.reason(s.Reason), status: s.Status})
 	if s.Status == Trained {
 		a.counters.GroupsTrained++
 		a.counters.RolloutsTrained += int64(rows)
@@ -407,24 +422,62 @@ func (a *Assembler) Group(id string) GroupState {
 	if e := a.live[id]; e != nil {
 		return GroupState{ID: id, Rows: len(e.group.Rollouts), State: e.state}
 	}
-	c := a.closed[name(id)]
-	return GroupState{ID: id, Rows: int(c.rows), State: c.state}
+	c, ok := a.closed.get(name(id))
+	if !ok {
+		return GroupState{ID: id}
+	}
+	return GroupState{ID: id, Rows: int(c.rows), State: State{Status: c.status, Step: c.step, Reason: a.reasons[c.reason]}}
+}
+
+// reason is the place of a reason. There are as many as the code names.
+func (a *Assembler) reason(s string) uint16 {
+	at := slices.Index(a.reasons, s)
+	if at < 0 {
+		at = len(a.reasons)
+		a.reasons = append(a.reasons, s)
+	}
+	return uint16(at)
 }
 
 // Batch says where each group of a batch is, in the order of the batch's rows;
-// ok is false for a batch that was never added or is forgotten.
+// ok is false for a batch that was never added.
 func (a *Assembler) Batch(seq uint64) (groups []GroupState, ok bool) {
-	ids, ok := a.batches[seq]
-	for _, id := range ids {
+	at, ok := slices.BinarySearchFunc(a.batches, seq, func(b batchGroups, seq uint64) int { return cmp.Compare(b.seq, seq) })
+	if !ok {
+		return nil, false
+	}
+	for _, id := range a.batches[at].groups {
 		groups = append(groups, a.Group(id))
 	}
-	return groups, ok
+	return groups, true
 }
 
-// ForgetBatches drops the lists behind Batch up to and with seq. Groups and
-// rollout ids stay remembered.
-func (a *Assembler) ForgetBatches(seq uint64) {
-	maps.DeleteFunc(a.batches, func(s uint64, _ []string) bool { return s <= seq })
+// Live returns the groups that are not closed: open ones by their first rows,
+// then complete and taken ones in the order in which they were completed.
+func (a *Assembler) Live() []string {
+	var ids []string
+	for _, e := range a.inOrder() {
+		ids = append(ids, e.group.ID)
+	}
+	return ids
+}
+
+// inOrder is the live groups as Live names them.
+func (a *Assembler) inOrder() []*entry {
+	out := make([]*entry, 0, len(a.live))
+	for _, e := range a.opened {
+		if e.state.Status == Open {
+			out = append(out, e)
+		}
+	}
+	open := len(out)
+	for _, e := range a.live {
+		if e.state.Status != Open {
+			out = append(out, e)
+		}
+	}
+	slices.SortFunc(out[open:], func(x, y *entry) int { return cmp.Compare(x.order, y.order) })
+	return out
 }
 
 // Depth is what waits in the queue now.
@@ -435,17 +488,6 @@ func (a *Assembler) Counters() Counters {
 	c := a.counters
 	c.GroupsDropped, c.RolloutsDropped = maps.Clone(c.GroupsDropped), maps.Clone(c.RolloutsDropped)
 	return c
-}
-
-// Oldest is the sequence number of the oldest batch that a live group still has
-// rows of: the log before it is not needed to rebuild the queue. ok is false when nothing is live.
-func (a *Assembler) Oldest() (seq uint64, ok bool) {
-	for _, e := range a.live {
-		if !ok || e.first.Batch < seq {
-			seq, ok = e.first.Batch, true
-		}
-	}
-	return seq, ok
 }
 
 func (a *Assembler) changed() {

@@ -66,6 +66,7 @@ type Depth struct {
 
 // Counters only grow. Dropped maps count by reason.
 type Counters struct {
+	Batches           int64
 	Rollouts          int64 // accepted into groups
 	Duplicates        int64 // ignored: same rollout_id, same content
 	MissingPolicyStep int64

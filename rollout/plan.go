@@ -15,8 +15,8 @@ import (
 type plan struct {
 	batch     *Batch
 	version   uint64
-	duplicate []bool            // by row
-	seen      map[digest]digest // rollout ids that the batch adds
+	duplicate []bool           // by row
+	seen      []record[digest] // rollout ids that the batch adds, with their content
 }
 
 // plan checks a batch against the state and against itself. Check followed by
@@ -33,7 +33,8 @@ func (a *Assembler) plan(b *Batch) (*plan, error) {
 		rows   int
 		row    int // of this batch that brought the prompt, -1: an earlier batch
 	}
-	p := &plan{batch: b, version: a.version, duplicate: make([]bool, len(b.Rollouts)), seen: map[digest]digest{}}
+	p := &plan{batch: b, version: a.version, duplicate: make([]bool, len(b.Rollouts))}
+	own := map[digest]digest{}
 	claims := map[string]*claim{}
 	var content contentHash
 	for i := range b.Rollouts {
@@ -43,9 +44,9 @@ func (a *Assembler) plan(b *Batch) (*plan, error) {
 		}
 		if r.ID != "" {
 			id, sum := name(r.ID), content.of(b, r)
-			before, known := p.seen[id]
+			before, known := own[id]
 			if !known {
-				before, known = a.seen[id]
+				before, known = a.seen.get(id)
 			}
 			if known && before != sum {
 				return nil, &fault.Error{Kind: fault.Conflict, Code: "rollout_id_reused", Fields: []fault.Field{{
@@ -55,7 +56,8 @@ func (a *Assembler) plan(b *Batch) (*plan, error) {
 				p.duplicate[i] = true
 				continue
 			}
-			p.seen[id] = sum
+			own[id] = sum
+			p.seen = append(p.seen, record[digest]{id, sum})
 		}
 		c := claims[r.GroupID]
 		if c == nil {
@@ -65,8 +67,8 @@ func (a *Assembler) plan(b *Batch) (*plan, error) {
 					return nil, closedRow(i, r.GroupID, "complete")
 				}
 				c.prompt, c.rows, c.row = e.group.Prompt, len(e.group.Rollouts), -1
-			} else if z, ok := a.closed[name(r.GroupID)]; ok {
-				return nil, closedRow(i, r.GroupID, z.state.Status.String())
+			} else if z, ok := a.closed.get(name(r.GroupID)); ok {
+				return nil, closedRow(i, r.GroupID, z.status.String())
 			}
 			claims[r.GroupID] = c
 		}

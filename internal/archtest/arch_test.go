@@ -17,7 +17,7 @@ const module = "trainerd"
 // matching folder decides.
 type rule struct {
 	dir  string
-	may  []string // folders; a folder allows what lies below it. internal/fault, document, crashpoint and durable always are
+	may  []string // folders; a folder allows what lies below it. internal/fault, document, crashpoint, durable and checked always are
 	uses []string // reserved outside modules
 }
 
@@ -26,7 +26,9 @@ var rules = []rule{
 	{dir: "internal/archtest"},
 	{dir: "internal/crashpoint"},
 	{dir: "internal/document"},
+	{dir: "internal/tracing", uses: []string{"go.opentelemetry.io/otel/sdk", "go.opentelemetry.io/otel/exporters"}},
 	{dir: "internal/durable"},
+	{dir: "internal/checked"},
 	{dir: "internal/crashtest"}, // only its tests import anything
 	{dir: "kernels", may: []string{"kernels"}, uses: []string{"gorgonia.org/tensor"}},
 	{dir: "kernels/cuda", may: []string{"kernels"}, uses: []string{"gorgonia.org/tensor", "gorgonia.org/cu"}},
@@ -54,7 +56,7 @@ var rules = []rule{
 
 // reserved are the outside modules that only named packages may import.
 var reserved = []string{"gorgonia.org/tensor", "gorgonia.org/cu", "github.com/apache/arrow", "github.com/minio/minio-go", "github.com/labstack/echo",
-	"github.com/vishvananda", "github.com/google/nftables"}
+	"github.com/vishvananda", "github.com/google/nftables", "go.opentelemetry.io/otel/sdk", "go.opentelemetry.io/otel/exporters"}
 
 // testsMay are what test files may import on top: a test of an upper layer
 // stands on a real device, a real store and real files.
@@ -120,7 +122,7 @@ func ruleFor(dir string) (rule, bool) {
 
 func allowed(r rule, path string, isTest bool) bool {
 	if in, ok := strings.CutPrefix(path, module+"/"); ok {
-		if below(in, "internal/fault") || below(in, "internal/crashpoint") || below(in, "internal/document") || below(in, "internal/durable") || below(in, r.dir) {
+		if below(in, "internal/fault") || below(in, "internal/crashpoint") || below(in, "internal/document") || below(in, "internal/durable") || below(in, "internal/checked") || below(in, r.dir) {
 			return true
 		}
 		for _, m := range r.may {
@@ -168,6 +170,8 @@ func TestRulesCanFail(t *testing.T) {
 		{"secloop/sim", "github.com/google/nftables", false},
 		{"secloop/field", "github.com/google/nftables", true},
 		{"server/access", "trainerd/trainer", false},
+		{"trainer", "go.opentelemetry.io/otel/sdk/trace", false},
+		{"trainer", "go.opentelemetry.io/otel/trace", true},
 	} {
 		r, ok := ruleFor(c.dir)
 		if !ok {
