@@ -186,12 +186,21 @@ func (r *Rollout) payload() int64 {
 		int64(len(r.LossMask)+len(r.ID))
 }
 
+func payloads(rows []Rollout) (n int64) {
+	for i := range rows {
+		n += rows[i].payload()
+	}
+	return n
+}
+
 // complete moves an open group to the end of the ready queue.
 func (a *Assembler) complete(e *entry) {
 	e.state.Status = Ready
 	e.order = a.order
 	a.order++
+	a.grow(e, 0, -payloads(e.group.Rollouts))
 	e.group.Components, e.group.Rollouts = unite(e.names, e.group.Rollouts)
+	a.grow(e, 0, payloads(e.group.Rollouts)) // components that a row did not have take room too
 	e.names = nil
 	a.ready = append(a.ready, e)
 	a.depth.GroupsOpen--
