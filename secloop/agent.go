@@ -104,7 +104,7 @@ func (a Agent) encode(al Alert) ([]int32, error) {
 // named group(i). With shuffle, each group's rewards are permuted among its
 // members first: the control that must not learn.
 func (a Agent) Rollouts(episodes [][]Episode, step int64, group func(int) string, shuffle *rand.Rand) (*rollout.Batch, error) {
-	b := &rollout.Batch{Components: slices.Clone(Components)}
+	var groups []Group
 	for i, g := range episodes {
 		if len(g) == 0 {
 			continue
@@ -113,21 +113,42 @@ func (a Agent) Rollouts(episodes [][]Episode, step int64, group func(int) string
 		if err != nil {
 			return nil, err
 		}
-		from := make([]int, len(g))
-		for j := range from {
-			from[j] = j
+		out := Group{ID: group(i), Prompt: prompt}
+		for _, e := range g {
+			out.Sampled = append(out.Sampled, e.Sampled)
+			out.Rewards = append(out.Rewards, e.Reward)
 		}
+		groups = append(groups, out)
+	}
+	return Batch(groups, step, shuffle), nil
+}
+
+// Group is one prompt's completions and what each was worth, by index.
+type Group struct {
+	ID      string
+	Prompt  []int32
+	Sampled []Sampled
+	Rewards []Reward
+}
+
+// Batch makes the batch that is posted of groups that policy step sampled. The
+// rows of a group share its prompt. With shuffle, each group's rewards are
+// permuted among its members first.
+func Batch(groups []Group, step int64, shuffle *rand.Rand) *rollout.Batch {
+	b := &rollout.Batch{Components: slices.Clone(Components)}
+	for _, g := range groups {
+		rewards := slices.Clone(g.Rewards)
 		if shuffle != nil {
-			shuffle.Shuffle(len(from), func(x, y int) { from[x], from[y] = from[y], from[x] })
+			shuffle.Shuffle(len(rewards), func(x, y int) { rewards[x], rewards[y] = rewards[y], rewards[x] })
 		}
-		for j, e := range g {
+		for i, c := range g.Sampled {
 			b.Rollouts = append(b.Rollouts, rollout.Rollout{
-				GroupID: group(i), Prompt: prompt, Completion: e.Sampled.Tokens, SamplerLogProbs: e.Sampled.LogProbs,
-				Components: g[from[j]].Reward.Values(), PolicyStep: step, Truncated: !e.Sampled.Stopped,
+				GroupID: g.ID, Prompt: g.Prompt, Completion: c.Tokens, SamplerLogProbs: c.LogProbs,
+				Components: rewards[i].Values(), PolicyStep: step, Truncated: !c.Stopped,
 			})
 		}
 	}
-	return b, nil
+	return b
 }
 
 // Tally summarises episodes.

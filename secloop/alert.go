@@ -49,11 +49,14 @@ type Split struct{ Heldout bool }
 // Draw returns the next alert of this side.
 func (s Split) Draw(r *rand.Rand) Alert {
 	for {
-		if a := RandomAlert(r); (fnv1a(a.Key())%8 == 0) == s.Heldout {
+		if a := RandomAlert(r); HeldOut(a) == s.Heldout {
 			return a
 		}
 	}
 }
+
+// HeldOut says whether an alert's situation is kept for evaluation (one in eight).
+func HeldOut(a Alert) bool { return fnv1a(a.Key())%8 == 0 }
 
 // fnv1a is the 64-bit FNV-1a hash, finished by a multiplication so that its low bits mix.
 func fnv1a(s string) uint64 {

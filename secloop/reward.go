@@ -75,20 +75,37 @@ func stops(attack, tool string) bool {
 // Score runs the gated reward of one completion: a completion that is no
 // strategy has format 0 and penalty 1; one that fails execution is not evaluated.
 func Score(ctx context.Context, field Battlefield, judge Judge, a Alert, completion string) (Reward, error) {
+	r, _, err := ScoreBy(ctx, field, func(_ context.Context, a Alert, s Strategy) (float64, error) { return judge.Rationality(a, s), nil }, a, completion)
+	return r, err
+}
+
+// Rater is a judge that may fail, because it asks somebody else.
+type Rater func(ctx context.Context, a Alert, s Strategy) (float64, error)
+
+// ScoreBy is Score with a judge that may fail. It returns what the field said
+// besides; the zero Feedback for a completion that is no strategy.
+func ScoreBy(ctx context.Context, field Battlefield, rate Rater, a Alert, completion string) (Reward, Feedback, error) {
 	s, err := ParseStrategy(completion)
 	if err != nil {
-		return Reward{Penalty: 1}, nil
+		return Reward{Penalty: 1}, Feedback{Errors: []string{err.Error()}}, nil
 	}
-	r := Reward{Format: 1, Penalty: 1 - judge.Rationality(a, s)}
 	f, err := field.Run(ctx, a, s)
 	if err != nil {
-		return Reward{}, fmt.Errorf("score strategy: %w", err)
+		return Reward{}, f, fmt.Errorf("score strategy: %w", err)
 	}
+	w, err := rate(ctx, a, s)
+	if err != nil {
+		return Reward{}, f, fmt.Errorf("judge strategy: %w", err)
+	}
+	if !(w >= 0 && w <= 1) {
+		return Reward{}, f, fmt.Errorf("judge strategy: rationality %v, expected 0 to 1", w)
+	}
+	r := Reward{Format: 1, Penalty: 1 - w}
 	if f.Executed < 1 {
-		return r, nil
+		return r, f, nil
 	}
 	r.Execution = 1
 	r.Evaluation = 1 - f.Attacked
 	r.Correct = f.Attacked == 0 && f.Service
-	return r, nil
+	return r, f, nil
 }
