@@ -16,6 +16,8 @@ import (
 	"strconv"
 	"strings"
 	"time"
+
+	"go.opentelemetry.io/otel/propagation"
 )
 
 // Options change how a Client works. Zero values mean the defaults.
@@ -188,6 +190,7 @@ func (c *Client) send(ctx context.Context, k call) (*http.Response, error) {
 	if k.key != "" {
 		req.Header.Set("Idempotency-Key", k.key)
 	}
+	propagation.TraceContext{}.Inject(ctx, propagation.HeaderCarrier(req.Header)) // of a caller that traces
 	if c.opts.Token != "" {
 		req.Header.Set("Authorization", "Bearer "+c.opts.Token)
 	}

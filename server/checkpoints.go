@@ -198,7 +198,7 @@ func (s *Server) checkpointFile(c echo.Context) error {
 	defer r.Close()
 	http.ServeContent(c.Response(), c.Request(), name, man.Created, r)
 	if r.err != nil {
-		s.log.Warn("checkpoint file broke off", "request_id", requestID(c), "job", job.ID, "file", name, "err", r.err)
+		s.log.WarnContext(c.Request().Context(), "checkpoint file broke off", "job", job.ID, "file", name, "err", r.err)
 	}
 	return nil
 }

@@ -5,6 +5,7 @@ import (
 	"crypto/rand"
 	"encoding/hex"
 	"fmt"
+	"log/slog"
 	"net/http"
 	"runtime/debug"
 	"strconv"
@@ -30,6 +31,7 @@ func (s *Server) identify(next echo.HandlerFunc) echo.HandlerFunc {
 		}
 		c.Response().Header().Set(headerRequestID, id)
 		c.Response().Header().Set("X-Content-Type-Options", "nosniff")
+		c.SetRequest(c.Request().WithContext(context.WithValue(c.Request().Context(), requestIDKey{}, id)))
 		return next(c)
 	}
 }
@@ -72,8 +74,12 @@ func (s *Server) observe(next echo.HandlerFunc) echo.HandlerFunc {
 			s.metrics.received.WithLabelValues(route).Add(float64(n))
 		}
 		s.metrics.sent.WithLabelValues(route).Add(float64(c.Response().Size))
-		s.log.Debug("request", "request_id", requestID(c), "method", method, "path", c.Request().URL.Path, "status", status,
-			"seconds", took.Seconds(), "bytes", c.Response().Size)
+		attrs := []slog.Attr{slog.String("method", method), slog.String("path", c.Request().URL.Path), slog.Int("status", status),
+			slog.Float64("seconds", took.Seconds()), slog.Int64("bytes", c.Response().Size)}
+		if job := c.Param("job"); job != "" {
+			attrs = append(attrs, slog.String("job", clip(job)))
+		}
+		s.log.LogAttrs(c.Request().Context(), slog.LevelDebug, "request", attrs...)
 		return nil
 	}
 }

@@ -123,7 +123,7 @@ func (s *Server) answerError(err error, c echo.Context) {
 	p.RequestID = requestID(c)
 	p.Instance = c.Request().URL.Path
 	if p.Status >= 500 && !errors.Is(err, context.Canceled) {
-		s.log.Error("request failed", "request_id", p.RequestID, "method", c.Request().Method, "path", p.Instance, "status", p.Status, "err", err)
+		s.log.ErrorContext(c.Request().Context(), "request failed", "job", clip(c.Param("job")), "method", c.Request().Method, "path", p.Instance, "status", p.Status, "err", err)
 	}
 	if c.Response().Committed {
 		return // a stream that broke off; its reader sees that it is short
@@ -141,6 +141,6 @@ func (s *Server) answerError(err error, c echo.Context) {
 		return
 	}
 	if err := c.JSON(p.Status, p); err != nil {
-		s.log.Debug("write a problem", "request_id", p.RequestID, "err", err)
+		s.log.DebugContext(c.Request().Context(), "write a problem", "err", err)
 	}
 }

@@ -12,7 +12,9 @@ import (
 
 	"github.com/labstack/echo/v4"
 	"github.com/prometheus/client_golang/prometheus"
+	"go.opentelemetry.io/otel/trace"
 
+	"trainerd/internal/fault"
 	"trainerd/trainer"
 )
 
@@ -49,6 +51,7 @@ func (l Limits) withDefaults() Limits {
 type Options struct {
 	Manager *trainer.Manager
 	Logger  *slog.Logger // nil: none
+	Tracer  trace.Tracer // nil: none
 	Version string
 	Limits  Limits
 	// Guard wraps /v1 and /metrics: the place of authentication. nil: none.
@@ -60,9 +63,11 @@ type Server struct {
 	echo    *echo.Echo
 	jobs    *trainer.Manager
 	log     *slog.Logger
+	tracer  trace.Tracer
 	limits  Limits
 	version string
 	metrics *meters
+	leaving atomic.Bool     // since Drain
 	uploads atomic.Int64    // bytes of bodies, by their declared length or their limit
 	life    context.Context // of streams and long polls; ended by Close
 	end     context.CancelFunc
@@ -79,12 +84,17 @@ func New(o Options) *Server {
 	if o.Logger == nil {
 		o.Logger = slog.New(slog.DiscardHandler)
 	}
-	s := &Server{echo: echo.New(), jobs: o.Manager, log: o.Logger, limits: o.Limits.withDefaults(), version: o.Version}
+	o.Logger = slog.New(WithRequestIDs(o.Logger.Handler()))
+	s := &Server{echo: echo.New(), jobs: o.Manager, log: o.Logger, tracer: o.Tracer, limits: o.Limits.withDefaults(), version: o.Version}
 	s.life, s.end = context.WithCancel(context.Background())
 	s.metrics = newMeters(o.Manager, o.Version)
 	s.echo.HideBanner, s.echo.HidePort = true, true
 	s.echo.HTTPErrorHandler = s.answerError
-	s.echo.Use(s.identify, s.observe, s.recover)
+	s.echo.Use(s.identify, s.observe)
+	if s.tracer != nil {
+		s.echo.Use(s.traced)
+	}
+	s.echo.Use(s.recover)
 	s.probes(o.Guard)
 	s.routes(o.Guard)
 	return s
@@ -92,6 +102,10 @@ func New(o Options) *Server {
 
 // ServeHTTP implements http.Handler.
 func (s *Server) ServeHTTP(w http.ResponseWriter, r *http.Request) { s.echo.ServeHTTP(w, r) }
+
+// Drain makes /readyz answer 503, so that no new clients are sent here; requests
+// are answered as before. Call it when a stop begins.
+func (s *Server) Drain() { s.leaving.Store(true) }
 
 // Close ends event streams and long polls, so that an http.Server can shut down.
 // Call it before http.Server.Shutdown, and Manager.Close after both.
@@ -152,11 +166,15 @@ func (s *Server) routes(guard echo.MiddlewareFunc) {
 	add(get, "/jobs/:job/checkpoints/:step", s.getCheckpoint, s.timed)
 	add(get, "/jobs/:job/checkpoints/:step/files/*", s.checkpointFile)
 	add(head, "/jobs/:job/checkpoints/:step/files/*", s.checkpointFile)
+
 }
 
 func (s *Server) ready(c echo.Context) error {
 	ctx, cancel := context.WithTimeout(c.Request().Context(), 5*time.Second)
 	defer cancel()
+	if s.leaving.Load() {
+		return fault.New(fault.Unavailable, "shutting_down", "the server is shutting down")
+	}
 	if err := s.jobs.Ready(ctx); err != nil {
 		return err
 	}

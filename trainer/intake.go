@@ -10,6 +10,8 @@ import (
 	"strconv"
 	"time"
 
+	"go.opentelemetry.io/otel/attribute"
+
 	"trainerd/internal/crashpoint"
 	"trainerd/internal/fault"
 	"trainerd/rollout"
@@ -56,7 +58,9 @@ type accepted struct {
 
 // Submit accepts a batch: once it returns, the body is on disk. The same key and
 // body again answers the same receipt. A refused batch is refused whole.
-func (j *Job) Submit(ctx context.Context, body []byte, key string) (Receipt, error) {
+func (j *Job) Submit(ctx context.Context, body []byte, key string) (r Receipt, err error) {
+	ctx, end := j.span(ctx, "accept", attribute.Int("trainerd.bytes", len(body)))
+	defer end(&err)
 	sum := sha256.Sum256(body)
 	digest := hex.EncodeToString(sum[:])
 	if r, known, err := j.acceptedBefore(key, digest); known || err != nil {
@@ -78,7 +82,7 @@ func (j *Job) Submit(ctx context.Context, body []byte, key string) (Receipt, err
 	if r, known, err := j.acceptedBefore(key, digest); known || err != nil {
 		return r, err
 	}
-	meta, err := j.check(batch, digest)
+	meta, err := j.check(ctx, batch, digest)
 	if err != nil {
 		return Receipt{}, err
 	}
@@ -86,19 +90,28 @@ func (j *Job) Submit(ctx context.Context, body []byte, key string) (Receipt, err
 	if err != nil {
 		return Receipt{}, err
 	}
-	seq, err := j.spool.Append(spool.Record{Kind: recordRollouts, Key: key, Meta: raw, Body: body})
+	seq, err := j.appendBatch(ctx, spool.Record{Kind: recordRollouts, Key: key, Meta: raw, Body: body})
 	if err != nil {
 		return Receipt{}, &fault.Error{Kind: fault.Unavailable, Code: "spool_unavailable", Msg: "write the batch to disk", RetryAfter: 5 * time.Second, Err: err}
 	}
 	crashpoint.Reach("accept.before_answer")
 	j.mu.Lock()
 	defer j.mu.Unlock()
-	r, err := j.enter(seq, batch, key, meta)
+	r, err = j.enter(seq, batch, key, meta)
 	if err != nil { // Check said yes and intake was held: a defect, and the log is ahead of memory
 		return Receipt{}, fault.New(fault.Internal, "assembler", "enter accepted batch %d: %w", seq, err)
 	}
 	j.poke()
 	return r, nil
+}
+
+// appendBatch writes a batch to the spool.
+func (j *Job) appendBatch(ctx context.Context, r spool.Record) (seq uint64, err error) {
+	ctx, end := j.span(ctx, "spool.append")
+	defer end(&err)
+	seq, err = j.spool.Append(r)
+	annotate(ctx, attribute.Int64("trainerd.batch", int64(seq)))
+	return seq, err
 }
 
 // acceptedBefore looks an idempotency key up.
@@ -143,7 +156,9 @@ func (j *Job) limits() rollout.Limits {
 }
 
 // decodeBatch decodes a body, waiting for one of the decoders.
-func (j *Job) decodeBatch(ctx context.Context, body []byte, s rollout.Schema, l rollout.Limits) (*rollout.Batch, error) {
+func (j *Job) decodeBatch(ctx context.Context, body []byte, s rollout.Schema, l rollout.Limits) (b *rollout.Batch, err error) {
+	ctx, end := j.span(ctx, "accept.decode")
+	defer end(&err)
 	select {
 	case j.m.decode <- struct{}{}:
 	case <-ctx.Done():
@@ -154,7 +169,9 @@ func (j *Job) decodeBatch(ctx context.Context, body []byte, s rollout.Schema, l 
 }
 
 // check says whether a decoded batch may enter the queue now. Called with intake held.
-func (j *Job) check(b *rollout.Batch, digest string) (rolloutMeta, error) {
+func (j *Job) check(ctx context.Context, b *rollout.Batch, digest string) (meta rolloutMeta, err error) {
+	_, end := j.span(ctx, "accept.check", attribute.Int("trainerd.rows", len(b.Rollouts)))
+	defer end(&err)
 	j.mu.Lock()
 	defer j.mu.Unlock()
 	if j.state.Final() {

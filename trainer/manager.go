@@ -14,6 +14,8 @@ import (
 	"sync"
 	"time"
 
+	"go.opentelemetry.io/otel/trace"
+
 	"trainerd/internal/durable"
 	"trainerd/internal/fault"
 	"trainerd/kernels"
@@ -73,6 +75,7 @@ type Options struct {
 	// opened anew. nil: any.
 	Sources   func(source string) (string, error)
 	Logger    *slog.Logger // nil: none
+	Tracer    trace.Tracer // nil: none
 	Version   string       // of trainerd, written to manifests
 	PeakFLOPS float64      // of the device, for the metric "mfu"; 0: not reported
 	Limits    Limits
@@ -223,7 +226,7 @@ func (m *Manager) Create(ctx context.Context, body []byte, key string) (job *Job
 	m.start(job, base, false)
 	m.mu.Unlock()
 	kept = true
-	m.log.Info("job created", "job", rec.ID, "name", spec.Name, "source", rec.Source, "objective", spec.Objective.Name)
+	m.log.InfoContext(ctx, "job created", "job", rec.ID, "name", spec.Name, "source", rec.Source, "objective", spec.Objective.Name)
 	return job, true, nil
 }
 

@@ -9,6 +9,8 @@ import (
 	"strconv"
 	"time"
 
+	"go.opentelemetry.io/otel/attribute"
+
 	"trainerd/internal/crashpoint"
 	"trainerd/internal/fault"
 	"trainerd/model/hf"
@@ -91,10 +93,11 @@ func (j *Job) Publish(ctx context.Context, snapshot bool) (man storage.Manifest,
 }
 
 // publish writes a checkpoint on the device's goroutine.
-func (j *Job) publish(ctx context.Context, snapshot func() bool) (storage.Manifest, error) {
-	var man storage.Manifest
+func (j *Job) publish(ctx context.Context, snapshot func() bool) (man storage.Manifest, err error) {
+	ctx, end := j.span(ctx, "publish")
+	defer end(&err)
 	began := time.Now()
-	err := j.m.exec.Do(ctx, lane{j.ID, laneTrain}, func() error {
+	err = j.m.exec.Do(ctx, lane{j.ID, laneTrain}, func() error {
 		if j.model == nil {
 			return fault.New(fault.Unavailable, "not_loaded", "publish: the job's model is not on the device")
 		}
@@ -112,7 +115,8 @@ func (j *Job) publish(ctx context.Context, snapshot func() bool) (storage.Manife
 	if err != nil {
 		return man, err
 	}
-	j.m.log.Info("checkpoint published", "job", j.ID, "step", man.Step, "prefix", man.Prefix, "snapshot", man.Snapshot)
+	annotate(ctx, attribute.Int64("trainerd.step", man.Step), attribute.Int64("trainerd.bytes", man.Bytes("")))
+	j.m.log.InfoContext(ctx, "checkpoint published", "job", j.ID, "step", man.Step, "prefix", man.Prefix, "snapshot", man.Snapshot)
 	j.retain(ctx)
 	return man, nil
 }

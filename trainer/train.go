@@ -6,6 +6,8 @@ import (
 	"slices"
 	"time"
 
+	"go.opentelemetry.io/otel/attribute"
+
 	"trainerd/internal/crashpoint"
 	"trainerd/internal/fault"
 	"trainerd/rollout"
@@ -203,12 +205,14 @@ func newConsumption(groups []rollout.Group, done int64, logSeq uint64) *consumpt
 }
 
 // step runs the next optimizer step on the groups in training and records it.
-func (j *Job) step(ctx context.Context) error {
+func (j *Job) step(ctx context.Context) (err error) {
 	j.mu.Lock()
 	c := j.training
 	j.mu.Unlock()
+	ctx, end := j.span(ctx, "step", attribute.Int64("trainerd.step", c.first), attribute.Int("trainerd.groups", len(c.ids)))
+	defer end(&err)
 	var rec StepRecord
-	err := j.m.exec.Do(ctx, lane{j.ID, laneTrain}, func() error {
+	err = j.m.exec.Do(ctx, lane{j.ID, laneTrain}, func() error {
 		var err error
 		if rec, err = j.compute(ctx, c); err != nil {
 			return err
@@ -218,6 +222,7 @@ func (j *Job) step(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
+	annotate(ctx, attribute.Int64("trainerd.step", rec.Step))
 	j.events.publish("step", rec)
 	j.m.log.Debug("step", "job", j.ID, "step", rec.Step, "groups", len(rec.Groups), "loss", rec.Metrics["loss"], "seconds", rec.WallClock)
 	return nil

@@ -33,6 +33,7 @@ type Config struct {
 
 	Access
 	ObjectStore
+	Tracing
 
 	MaxBodyBytes   int64    `json:"max_body_bytes" help:"largest request body, and largest decompressed batch"`
 	MaxBatchRows   int      `json:"max_batch_rows" help:"most rollouts of one batch"`
@@ -71,6 +72,7 @@ func DefaultConfig() Config {
 		Listen: "127.0.0.1:8080", Data: "trainerd-data", Device: "auto",
 		Access:       defaultAccess(),
 		ObjectStore:  ObjectStore{S3PathStyle: true},
+		Tracing:      defaultTracing(),
 		MaxBodyBytes: 256 << 20, MaxBatchRows: 1 << 16, MaxBatchTokens: 64 << 20,
 		MaxQueueRows: 1 << 20, MaxQueueTokens: 512 << 20,
 		Shutdown: Duration(60 * time.Second),
@@ -245,6 +247,9 @@ func (c Config) Validate() error {
 		return fault.BadField("listen", c.Listen, "HOST:PORT")
 	}
 	if err := c.validateAccess(); err != nil {
+		return err
+	}
+	if err := c.Tracing.validate(); err != nil {
 		return err
 	}
 	switch {

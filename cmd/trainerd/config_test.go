@@ -54,7 +54,8 @@ func TestConfigLayers(t *testing.T) {
 func TestEveryMemberIsReached(t *testing.T) {
 	d := DefaultConfig()
 	for _, m := range membersOf(&d) {
-		text := map[string]string{"listen": "127.0.0.2:1", "shutdown": "7s", "insecure": "true", "s3_path_style": "false"}[m.name]
+		text := map[string]string{"listen": "127.0.0.2:1", "shutdown": "7s", "insecure": "true", "s3_path_style": "false",
+			"trace_endpoint": "http://127.0.0.1:4318", "trace_sample": "0.5"}[m.name]
 		if text == "" {
 			text = "7"
 		}
@@ -120,6 +121,8 @@ func TestConfigRefuses(t *testing.T) {
 		{"no tokens", "", nil, []string{"--max-batch-tokens", "0"}, []string{"max_batch_tokens"}},
 		{"no queue", "", nil, []string{"--max-queue-rows", "0"}, []string{"max_queue_rows"}},
 		{"no queue of tokens", "", nil, []string{"--max-queue-tokens", "0"}, []string{"max_queue_tokens"}},
+		{"traces to nowhere", "", nil, []string{"--trace-endpoint", "collector:4318"}, []string{"trace_endpoint", "http://HOST:PORT"}},
+		{"a sample over one", "", nil, []string{"--trace-sample", "2"}, []string{"trace_sample", "0 to 1"}},
 		{"no time to stop", "", nil, []string{"--shutdown", "0s"}, []string{"shutdown"}},
 	} {
 		t.Run(tc.name, func(t *testing.T) {

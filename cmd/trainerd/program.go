@@ -10,7 +10,10 @@ import (
 	"strconv"
 	"strings"
 
+	"go.opentelemetry.io/otel/trace"
+
 	"trainerd/internal/fault"
+	"trainerd/internal/tracing"
 	"trainerd/kernels"
 	"trainerd/kernels/cpu"
 	"trainerd/server"
@@ -31,6 +34,7 @@ type Program struct {
 	device  kernels.Device
 	gate    *gate
 	served  chan error
+	spans   *tracing.Provider // nil: none
 }
 
 // openDevice opens "cpu" or "cuda:N"; "auto" takes the first CUDA device there
@@ -62,7 +66,8 @@ func openDevice(name string, workers int) (kernels.Device, error) {
 
 // Start opens device, store and database, and serves. What it opened is closed again when it fails.
 func (p *Program) Start(ctx context.Context) (err error) {
-	if p.gate, err = openGate(p.Config, p.Log); err != nil {
+	log := slog.New(server.WithRequestIDs(p.Log.Handler()))
+	if p.gate, err = openGate(p.Config, log); err != nil {
 		return err
 	}
 	defer func() {
@@ -83,8 +88,12 @@ func (p *Program) Start(ctx context.Context) (err error) {
 			p.device.Close()
 		}
 	}()
+	var tracer trace.Tracer
+	if tracer, p.spans, err = p.Config.Tracing.start(ctx, "trainerd", log); err != nil {
+		return err
+	}
 	p.manager, err = trainer.NewManager(trainer.Options{
-		Device: p.device, DataDir: p.Config.Data, Store: store, Logger: p.Log, Version: engineVersion(),
+		Device: p.device, DataDir: p.Config.Data, Store: store, Logger: log, Tracer: tracer, Version: engineVersion(),
 		Sources:   p.gate.sources.Resolve,
 		PeakFLOPS: 1e12 * p.Config.PeakTFLOPS,
 		OpenStore: func(ctx context.Context, url string) (storage.Blob, error) {
@@ -104,7 +113,7 @@ func (p *Program) Start(ctx context.Context) (err error) {
 		return fmt.Errorf("listen: %w", err)
 	}
 	p.addr = l.Addr()
-	p.api = server.New(server.Options{Manager: p.manager, Logger: p.Log, Version: engineVersion(), Guard: p.gate.guard.Middleware})
+	p.api = server.New(server.Options{Manager: p.manager, Logger: log, Tracer: tracer, Version: engineVersion(), Guard: p.gate.guard.Middleware})
 	p.http = p.api.HTTPServer()
 	p.served = make(chan error, 1)
 	go func() { p.served <- p.gate.serve(p.http, l, p.Config.MaxConnections) }()
@@ -121,5 +130,5 @@ func (p *Program) Close(ctx context.Context) error {
 	if serr := <-p.served; serr != nil && !errors.Is(serr, http.ErrServerClosed) {
 		err = errors.Join(err, serr)
 	}
-	return errors.Join(err, p.manager.Close(ctx), p.device.Close(), p.gate.close())
+	return errors.Join(err, p.manager.Close(ctx), p.device.Close(), p.gate.close(), p.spans.Close(ctx))
 }
