@@ -49,23 +49,34 @@ type section struct {
 }
 
 func (m *Model) sections() []section {
-	plain := func(name string, b kernels.Buffer) section {
-		return section{name,
-			func(off int, x []float32) error { return m.dev.Download(denseF32(x), b.Slice(off, off+len(x))) },
-			func(off int, x []float32) { m.dev.Upload(b.Slice(off, off+len(x)), denseF32(x)) }}
+	var s []section
+	for _, b := range m.stateBuffers() {
+		s = append(s, section{b.name,
+			func(off int, x []float32) error { return m.dev.Download(denseF32(x), b.buf.Slice(off, off+len(x))) },
+			func(off int, x []float32) { m.dev.Upload(b.buf.Slice(off, off+len(x)), denseF32(x)) }})
 	}
-	s := []section{plain("first moments", m.m), plain("second moments", m.v)}
+	return s
+}
+
+// stateBuffer is a flat buffer that a state holds.
+type stateBuffer struct {
+	name string
+	buf  kernels.Buffer
+}
+
+func (m *Model) stateBuffers() []stateBuffer {
+	s := []stateBuffer{{"first moments", m.m}, {"second moments", m.v}}
 	if m.ref != nil {
-		s = append(s, plain("reference", m.ref.flat))
+		s = append(s, stateBuffer{"reference", m.ref.flat})
 	}
 	return s
 }
 
 // eachFrame calls fn for every frame of every section, in file order.
-func (m *Model) eachFrame(fn func(s section, off int, x []float32) error) error {
+func eachFrame(lay *layout, sections []section, fn func(s section, off int, x []float32) error) error {
 	buf := make([]float32, stateFrame)
-	for _, s := range m.sections() {
-		for _, b := range m.lay.blocks {
+	for _, s := range sections {
+		for _, b := range lay.blocks {
 			for from := 0; from < b.size(); from += stateFrame {
 				n := min(stateFrame, b.size()-from)
 				if err := fn(s, b.off+from, buf[:n]); err != nil {
@@ -84,18 +95,68 @@ func (m *Model) eachFrame(fn func(s section, off int, x []float32) error) error 
 // gives the exact masters; files of BF16 or F16 hold rounded ones). Accumulated
 // gradients are not part of a state.
 func (m *Model) SaveState(w io.Writer) error {
+	if err := m.hasState(); err != nil {
+		return err
+	}
+	return saveState(w, m.stateHeader(), m.lay, m.sections())
+}
+
+func (m *Model) hasState() error {
 	if m.broken != nil {
 		return m.broken
 	}
 	if m.m == nil {
 		return fault.New(fault.Invalid, "no_training", "the model was loaded without optimizer state")
 	}
+	return nil
+}
+
+// State is a model's state in host memory, as it was when CaptureState took it.
+type State struct {
+	header   stateHeader
+	lay      *layout
+	sections []section
+}
+
+// StateElements is how many float32 values a captured state takes; 0 without training.
+func (m *Model) StateElements() int {
+	if m.m == nil {
+		return 0
+	}
+	return m.lay.size * len(m.stateBuffers())
+}
+
+// CaptureState copies what SaveState would write to buf, which has at least
+// StateElements values and belongs to the state until the caller is done with it.
+func (m *Model) CaptureState(buf []float32) (*State, error) {
+	if err := m.hasState(); err != nil {
+		return nil, err
+	}
+	s := &State{header: m.stateHeader(), lay: m.lay}
+	for _, b := range m.stateBuffers() {
+		var host []float32
+		host, buf = buf[:m.lay.size:m.lay.size], buf[m.lay.size:]
+		if err := m.dev.Download(denseF32(host), b.buf); err != nil {
+			return nil, fmt.Errorf("read %s from the device: %w", b.name, err)
+		}
+		s.sections = append(s.sections, section{name: b.name, get: func(off int, x []float32) error {
+			copy(x, host[off:])
+			return nil
+		}})
+	}
+	return s, nil
+}
+
+// Save writes the bytes that SaveState would have written at the capture. It may run again.
+func (s *State) Save(w io.Writer) error { return saveState(w, s.header, s.lay, s.sections) }
+
+func saveState(w io.Writer, header stateHeader, lay *layout, sections []section) error {
 	out := bufio.NewWriterSize(w, 1<<20)
 	head, err := binary.Append([]byte(stateMagic), binary.LittleEndian, uint32(stateVersion))
 	if err != nil {
 		return fmt.Errorf("write state: %w", err)
 	}
-	body, err := binary.Append(nil, binary.LittleEndian, m.stateHeader())
+	body, err := binary.Append(nil, binary.LittleEndian, header)
 	if err != nil {
 		return fmt.Errorf("write state: %w", err)
 	}
@@ -106,9 +167,9 @@ func (m *Model) SaveState(w io.Writer) error {
 		return fmt.Errorf("write state: %w", err)
 	}
 	bytes := make([]byte, 0, 4*stateFrame+4)
-	err = m.eachFrame(func(s section, off int, x []float32) error {
+	err = eachFrame(lay, sections, func(s section, off int, x []float32) error {
 		if err := s.get(off, x); err != nil {
-			return fmt.Errorf("read %s from the device: %w", s.name, err)
+			return fmt.Errorf("read %s: %w", s.name, err)
 		}
 		bytes = bytes[:0]
 		for _, v := range x {
@@ -134,11 +195,8 @@ func (m *Model) SaveState(w io.Writer) error {
 // header that does not fit changes nothing; after damage further on the model
 // is half restored, refuses all work and is to be closed.
 func (m *Model) LoadState(r io.Reader) error {
-	if m.broken != nil {
-		return m.broken
-	}
-	if m.m == nil {
-		return fault.New(fault.Invalid, "no_training", "the model was loaded without optimizer state")
+	if err := m.hasState(); err != nil {
+		return err
 	}
 	in := bufio.NewReaderSize(r, 1<<20)
 	h, err := readStateHeader(in)
@@ -154,7 +212,7 @@ func (m *Model) LoadState(r io.Reader) error {
 		return fault.New(fault.Malformed, "state_corrupt", "the state counts %d steps", h.Steps)
 	}
 	bytes := make([]byte, 4*stateFrame+4)
-	err = m.eachFrame(func(s section, off int, x []float32) error {
+	err = eachFrame(m.lay, m.sections(), func(s section, off int, x []float32) error {
 		frame := bytes[:4*len(x)+4]
 		if err := readState(in, frame); err != nil {
 			return err

@@ -45,10 +45,14 @@ type Job struct {
 	latest    *storage.Manifest   // newest published checkpoint
 	snapshot  int64               // step of the newest snapshot, 0 for the base model
 	published chan struct{}       // closed and replaced when latest moves
+	flight    *flight             // publication under way, at most one
+	grounded  string              // why the newest publication held the device; "" when it did not
 	plan      *kernels.Plan
 	stepTime  time.Duration // of the newest step
 	samples   uint64        // sampling requests so far, for their default seeds
 	counts    jobCounts
+
+	held time.Time // since when a step waits for the publication under way; of the job's goroutine
 
 	loaded atomic.Bool // model is not nil
 
@@ -315,6 +319,8 @@ type jobCounts struct {
 	Steps, Published, SampledTokens, ScoredTokens, TrainedTokens int64
 	StepSeconds, PublishSeconds                                  float64
 	PublishedBytes                                               int64
+	PublishedSync, PublishRetries, PublishWaits                  int64
+	CaptureSeconds, PublishWaitSeconds                           float64
 }
 
 // Architecture is what a worker must know of a job's model.

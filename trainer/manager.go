@@ -35,6 +35,7 @@ type Limits struct {
 	Decoders          int   // Arrow bodies decoded at once; default 4
 	EventRing         int   // events kept of a job; default 1024
 	SegmentBytes      int64 // of a spool; default 64 MiB
+	MaxCaptureBytes   int64 // host memory of all publications under way; a checkpoint beyond it holds its job's training while it is written; default 8 GiB
 }
 
 func (l Limits) withDefaults() Limits {
@@ -59,6 +60,7 @@ func (l Limits) withDefaults() Limits {
 	def(&l.Decoders, 4)
 	def(&l.EventRing, 1024)
 	def64(&l.SegmentBytes, 64<<20)
+	def64(&l.MaxCaptureBytes, 8<<30)
 	return l
 }
 
@@ -90,6 +92,8 @@ type Manager struct {
 	exec   *executor
 	ckpts  storage.Checkpoints
 	decode chan struct{} // one token for each Arrow body being decoded
+	// captures counts host memory of publications under way.
+	captures captureBudget
 
 	creating sync.Mutex // serialises Create
 
@@ -126,6 +130,7 @@ func NewManager(o Options) (*Manager, error) {
 		jobs: map[JobID]*Job{}, reserved: map[JobID]int64{}, closed: make(chan struct{}),
 	}
 	m.budget = o.Device.Info().MemFree
+	m.captures.limit = limits.MaxCaptureBytes
 	slices.SortFunc(found, func(a, b jobRecord) int { return a.Created.Compare(b.Created) })
 	for _, rec := range found {
 		j, err := m.newJob(rec)
@@ -146,7 +151,7 @@ func NewManager(o Options) (*Manager, error) {
 func (m *Manager) start(j *Job, base *baseModel, restored bool) {
 	m.running.Add(1)
 	ctx, cancel := context.WithCancel(context.Background())
-	j.kill = cancel
+	j.kill = func() { cancel(); j.abortFlight() }
 	go func() {
 		defer m.running.Done()
 		defer cancel()

@@ -3,17 +3,13 @@ package trainer
 import (
 	"context"
 	"errors"
-	"fmt"
 	"io"
 	"math"
 	"strconv"
 	"time"
 
-	"go.opentelemetry.io/otel/attribute"
-
 	"trainerd/internal/crashpoint"
 	"trainerd/internal/fault"
-	"trainerd/model/hf"
 	"trainerd/storage"
 )
 
@@ -25,22 +21,44 @@ const (
 	fileOptimizer = "state/optimizer.bin"
 )
 
-// publishDue publishes the policy because publish_every_steps says so, with a
-// snapshot when one is due and the optimizer is between consumptions.
+// publishDue sends the policy on its way because publish_every_steps says so,
+// with a snapshot when one is due and the optimizer is between consumptions.
 func (j *Job) publishDue(ctx context.Context) error {
-	_, err := j.publish(ctx, func() bool { return j.snapshotDue() })
+	_, err := j.launch(ctx, j.snapshotDue, true, true)
 	return err
 }
 
 // publishFinal makes sure that the last step is published.
 func (j *Job) publishFinal(ctx context.Context) error {
-	j.mu.Lock()
-	done := j.latest != nil && j.latest.Step == j.rec.Step
-	j.mu.Unlock()
-	if done {
-		return nil
+	for {
+		if err := j.awaitFlight(ctx); err != nil {
+			return err
+		}
+		select {
+		case <-j.m.closed: // which may be what ended the flight
+			return errClosed
+		default:
+		}
+		j.mu.Lock()
+		done := j.latest != nil && j.latest.Step == j.rec.Step
+		j.mu.Unlock()
+		if done {
+			return nil
+		}
+		if err := j.publishDue(ctx); err != nil {
+			return err
+		}
 	}
-	return j.publishDue(ctx)
+}
+
+// newestFlown is the newest step that is published or on its way because it was
+// due, -1 for none. Called with mu held.
+func (j *Job) newestFlown() int64 {
+	n := j.policyStep()
+	if j.flight != nil && j.flight.retry {
+		n = max(n, j.flight.step)
+	}
+	return n
 }
 
 // snapshotDue is called on the device's goroutine.
@@ -54,13 +72,19 @@ func (j *Job) snapshotDue() bool {
 // preserve writes a snapshot at a graceful end, so that the next start has
 // nothing to replay. Steps in the middle of a consumption are replayed instead.
 func (j *Job) preserve(ctx context.Context) error {
+	if err := j.awaitFlight(ctx); err != nil {
+		return err
+	}
 	j.mu.Lock()
 	due := !j.state.Final() && j.training == nil && j.rec.Step > j.snapshot
 	j.mu.Unlock()
 	if !due {
 		return nil
 	}
-	_, err := j.publish(ctx, func() bool { return true })
+	f, err := j.launch(ctx, func() bool { return true }, false, true)
+	if err == nil {
+		_, err = f.wait(ctx)
+	}
 	if err != nil && ctx.Err() == nil {
 		j.m.log.Error("write the snapshot of a stop", "job", j.ID, "err", err)
 		return nil // the spool and the older snapshot suffice
@@ -69,101 +93,44 @@ func (j *Job) preserve(ctx context.Context) error {
 }
 
 // Publish writes a checkpoint of the current policy now, with optimizer state if
-// asked. When the newest checkpoint is that already, it is returned and created is false.
+// asked. When the newest checkpoint is that already, it is returned and created
+// is false. It goes on when ctx ends before it is done.
 func (j *Job) Publish(ctx context.Context, snapshot bool) (man storage.Manifest, created bool, err error) {
-	j.mu.Lock()
-	switch {
-	case j.state == Loading, j.state.Final() && !j.loaded.Load():
-		err = j.wrongState("publish a checkpoint")
-	case j.latest != nil && j.latest.Step == j.rec.Step && (j.latest.Snapshot || !snapshot):
-		man = *j.latest
+	for {
+		j.mu.Lock()
+		other := j.flight
+		switch {
+		case j.state == Loading, j.state.Final() && !j.loaded.Load():
+			err = j.wrongState("publish a checkpoint")
+		case j.latest != nil && j.latest.Step == j.rec.Step && (j.latest.Snapshot || !snapshot):
+			man = *j.latest
+			j.mu.Unlock()
+			return man, false, nil
+		}
 		j.mu.Unlock()
-		return man, false, nil
+		if err != nil {
+			return man, false, err
+		}
+		if other == nil {
+			break
+		}
+		select {
+		case <-other.landed: // it may have been of this step
+		case <-other.failed:
+			return man, false, other.cause
+		case <-ctx.Done():
+			return man, false, ctx.Err()
+		}
 	}
-	j.mu.Unlock()
-	if err != nil {
-		return man, false, err
+	f, err := j.launch(ctx, func() bool { return snapshot }, false, false)
+	if err == nil {
+		man, err = f.wait(ctx)
 	}
-	man, err = j.publish(ctx, func() bool { return snapshot })
 	if err == nil && snapshot && !man.Snapshot {
 		err = &fault.Error{Kind: fault.Unavailable, Code: "step_under_way", RetryAfter: time.Second,
 			Msg: "the weights were published without optimizer state: the iterations on one set of groups are not done"}
 	}
 	return man, err == nil, err
-}
-
-// publish writes a checkpoint on the device's goroutine.
-func (j *Job) publish(ctx context.Context, snapshot func() bool) (man storage.Manifest, err error) {
-	ctx, end := j.span(ctx, "publish")
-	defer end(&err)
-	began := time.Now()
-	err = j.m.exec.Do(ctx, lane{j.ID, laneTrain}, func() error {
-		if j.model == nil {
-			return fault.New(fault.Unavailable, "not_loaded", "publish: the job's model is not on the device")
-		}
-		j.mu.Lock()
-		parent, between := j.latest, j.training == nil || j.training.run == nil
-		j.mu.Unlock()
-		var err error
-		man, err = j.write(ctx, parent, snapshot() && between)
-		if err != nil {
-			return publishFault(j.weights, err)
-		}
-		j.announce(man, time.Since(began))
-		return nil
-	})
-	if err != nil {
-		return man, err
-	}
-	annotate(ctx, attribute.Int64("trainerd.step", man.Step), attribute.Int64("trainerd.bytes", man.Bytes("")))
-	j.m.log.InfoContext(ctx, "checkpoint published", "job", j.ID, "step", man.Step, "prefix", man.Prefix, "snapshot", man.Snapshot)
-	j.retain(ctx)
-	return man, nil
-}
-
-// publishFault makes every failure of a publication one that passes: the weights
-// are well, and what keeps them from being stored may be mended.
-func publishFault(step int64, err error) error {
-	return &fault.Error{Kind: fault.Unavailable, Code: "publish_failed", Msg: fmt.Sprintf("publish step %d", step), RetryAfter: 5 * time.Second, Err: err}
-}
-
-// write streams the policy into a new prefix and commits it.
-func (j *Job) write(ctx context.Context, parent *storage.Manifest, snapshot bool) (man storage.Manifest, err error) {
-	defer crashpoint.Enter(crashpoint.Publish)()
-	w, err := j.m.ckpts.Create(ctx, string(j.ID), j.weights)
-	if err != nil {
-		return man, err
-	}
-	defer func() {
-		if err != nil {
-			err = errors.Join(err, w.Abort(context.WithoutCancel(ctx)))
-		}
-	}()
-	src := j.model.Export()
-	err = hf.Write(ctx, w.File, prefixHF, src, hf.WriteOptions{DType: j.base.dtype, Carried: j.base.carried, ConfigJSON: j.base.configJSON})
-	if err != nil {
-		return man, err
-	}
-	crashpoint.Reach("checkpoint.weights_written")
-	if snapshot {
-		if err := w.File(ctx, fileOptimizer, func(out io.Writer) error { return j.model.SaveState(out) }); err != nil {
-			return man, err
-		}
-		if j.base.dtype != "F32" {
-			if err := hf.Write(ctx, w.File, prefixWeights, src, hf.WriteOptions{DType: "F32", ConfigJSON: j.base.configJSON}); err != nil {
-				return man, err
-			}
-		}
-	}
-	m := storage.Manifest{Engine: j.m.opts.Version, Created: time.Now().UTC(), Snapshot: snapshot}
-	if m.Engine == "" {
-		m.Engine = "trainerd"
-	}
-	if parent != nil {
-		step := parent.Step
-		m.Parent = &step
-	}
-	return w.Commit(ctx, m)
 }
 
 // announce makes a committed checkpoint the job's newest.
@@ -173,6 +140,10 @@ func (j *Job) announce(man storage.Manifest, took time.Duration) {
 	j.latest = &man
 	if man.Snapshot {
 		j.snapshot = man.Step
+	}
+	if e := j.rec.LastError; e != nil && e.Code == codePublishFailed {
+		j.rec.LastError = nil // the store is back
+		j.events.publish("state", j.stateEvent())
 	}
 	j.counts.Published++
 	j.counts.PublishSeconds += took.Seconds()

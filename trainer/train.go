@@ -53,6 +53,7 @@ func (j *Job) run(ctx context.Context, base *baseModel, restored bool) {
 	if s := j.State(); s == Failed || s == Cancelled {
 		j.unload(ctx) // and give the reservation back
 	}
+	j.awaitFlight(context.WithoutCancel(ctx)) // it ends when the store takes it, by kill or by Close
 }
 
 // recall reads what an ended job left behind, so that its batches and
@@ -91,6 +92,7 @@ type action uint8
 
 const (
 	actWait action = iota
+	actHold        // there is work to do, and it has to wait for the publication under way
 	actStop
 	actPublish
 	actFinish
@@ -103,6 +105,7 @@ const (
 // more is false when the manager closes.
 func (j *Job) advance(ctx context.Context) (more bool, err error) {
 	act, alarm := j.decide()
+	j.hold(act == actHold)
 	switch act {
 	case actStop:
 		return false, j.preserve(ctx)
@@ -147,11 +150,11 @@ func (j *Job) decide() (act action, alarm time.Time) {
 	switch {
 	case j.state.Final():
 		return actStop, alarm
-	case j.latest == nil:
-		return actPublish, alarm
 	case j.lastStepDone():
 		return actFinish, alarm
-	case j.rec.Step-j.latest.Step >= j.spec.Checkpoint.PublishEverySteps:
+	}
+	full := j.newestFlown() < 0 || j.rec.Step-j.newestFlown() >= j.spec.Checkpoint.PublishEverySteps
+	if full && j.flight == nil {
 		return actPublish, alarm
 	}
 	if at, ok := j.asm.NextExpiry(); ok {
@@ -160,19 +163,48 @@ func (j *Job) decide() (act action, alarm time.Time) {
 		}
 		alarm = at
 	}
+	held := j.flight != nil && (full || j.ahead())
 	switch {
 	case j.rec.Paused:
 		j.setState(Paused)
 		return actWait, alarm
+	case busy && held:
+		return actHold, alarm
 	case busy:
 		j.setState(Training)
 		return actStep, alarm
 	case int64(j.asm.Ready()) >= j.spec.Batch.GroupsPerStep, j.flush && j.asm.Ready() > 0:
+		if held {
+			return actHold, alarm
+		}
 		return actTake, alarm
 	}
 	j.flush = false
 	j.setState(Waiting)
 	return actWait, alarm
+}
+
+// ahead says that another step would be taken with rollouts of the newest
+// published policy already refused as stale. Called with mu held.
+func (j *Job) ahead() bool {
+	lag := j.spec.Batch.MaxPolicyLag
+	return lag >= 0 && j.rec.Step-max(j.policyStep(), 0) > lag
+}
+
+// hold counts the time that training waits for the publication under way.
+func (j *Job) hold(on bool) {
+	if on == !j.held.IsZero() {
+		return
+	}
+	if on {
+		j.held = time.Now()
+		return
+	}
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	j.counts.PublishWaits++
+	j.counts.PublishWaitSeconds += time.Since(j.held).Seconds()
+	j.held = time.Time{}
 }
 
 // lastStepDone says that nothing is left to do but to publish. Called with mu held.
