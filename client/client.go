@@ -113,7 +113,7 @@ type call struct {
 
 // safe says whether sending the call again cannot do anything twice.
 func (c call) safe() bool {
-	return c.method == http.MethodGet || c.method == http.MethodHead || c.method == http.MethodDelete || c.key != ""
+	return c.method == http.MethodGet || c.method == http.MethodHead || c.method == http.MethodDelete || c.method == http.MethodPut || c.key != ""
 }
 
 // NewKey returns a fresh idempotency key.

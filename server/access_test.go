@@ -47,6 +47,13 @@ var mayUse = map[string]string{
 	"GET /v1/jobs/{job}/checkpoints/{step}":               "ra",
 	"GET /v1/jobs/{job}/checkpoints/{step}/files/{name}":  "ra",
 	"HEAD /v1/jobs/{job}/checkpoints/{step}/files/{name}": "ra",
+
+	"POST /v1/jobs/{job}/checkpoints/{step}/leases":           "ra",
+	"GET /v1/jobs/{job}/checkpoints/{step}/leases":            "ra",
+	"PUT /v1/jobs/{job}/checkpoints/{step}/leases/{lease}":    "ra",
+	"DELETE /v1/jobs/{job}/checkpoints/{step}/leases/{lease}": "ra",
+	"PUT /v1/jobs/{job}/nodes/{node}":                         "ra",
+	"GET /v1/jobs/{job}/nodes":                                "ra",
 }
 
 const ownJob, otherJob = "job-00000000000000aa", "job-00000000000000bb"

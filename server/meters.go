@@ -33,7 +33,7 @@ func newMeters(m *trainer.Manager, version string) *meters {
 	}
 	info := prometheus.NewGauge(prometheus.GaugeOpts{Name: "trainerd_build_info", Help: "1, labelled with the version.", ConstLabels: prometheus.Labels{"version": version}})
 	info.Set(1)
-	t.registry.MustRegister(info, t.inFlight, t.requests, t.seconds, t.received, t.sent, &jobCollector{manager: m},
+	t.registry.MustRegister(info, t.inFlight, t.requests, t.seconds, t.received, t.sent, &jobCollector{manager: m}, &nodeCollector{manager: m},
 		collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
 	return t
 }

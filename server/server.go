@@ -166,7 +166,13 @@ func (s *Server) routes(guard echo.MiddlewareFunc) {
 	add(get, "/jobs/:job/checkpoints/:step", s.getCheckpoint, s.timed)
 	add(get, "/jobs/:job/checkpoints/:step/files/*", s.checkpointFile)
 	add(head, "/jobs/:job/checkpoints/:step/files/*", s.checkpointFile)
+	add(post, "/jobs/:job/checkpoints/:step/leases", s.takeLease, s.timed)
+	add(get, "/jobs/:job/checkpoints/:step/leases", s.listLeases, s.timed)
+	add(http.MethodPut, "/jobs/:job/checkpoints/:step/leases/:lease", s.renewLease, s.timed)
+	add(del, "/jobs/:job/checkpoints/:step/leases/:lease", s.endLease, s.timed)
 
+	add(http.MethodPut, "/jobs/:job/nodes/:node", s.reportNode, s.timed)
+	add(get, "/jobs/:job/nodes", s.listNodes, s.timed)
 }
 
 func (s *Server) ready(c echo.Context) error {

@@ -68,6 +68,15 @@ func (m Manifest) Bytes(prefix string) int64 {
 	return n
 }
 
+// Digest is the SHA-256 of the manifest's bytes, which latest.json and nodes name it by.
+func (m Manifest) Digest() (string, error) {
+	raw, err := EncodeManifest(m)
+	if err != nil {
+		return "", err
+	}
+	return hexSHA256(raw), nil
+}
+
 // newer reports whether (step, attempt) of m comes after another pair.
 func (m Manifest) newer(step int64, attempt int) bool {
 	return m.Step > step || m.Step == step && m.Attempt > attempt

@@ -54,6 +54,8 @@ type Job struct {
 
 	held time.Time // since when a step waits for the publication under way; of the job's goroutine
 
+	nodes nodes // inference nodes that report; has its own lock
+
 	loaded atomic.Bool // model is not nil
 
 	// device state: touched by device work only

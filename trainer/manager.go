@@ -91,6 +91,7 @@ type Manager struct {
 	db     *records
 	exec   *executor
 	ckpts  storage.Checkpoints
+	leases *leases
 	decode chan struct{} // one token for each Arrow body being decoded
 	// captures counts host memory of publications under way.
 	captures captureBudget
@@ -123,10 +124,15 @@ func NewManager(o Options) (*Manager, error) {
 		db.close()
 		return nil, err
 	}
+	leases, err := openLeases(db)
+	if err != nil {
+		db.close()
+		return nil, err
+	}
 	limits := o.Limits.withDefaults()
 	m := &Manager{
 		opts: o, limits: limits, log: o.Logger, db: db, exec: newExecutor(),
-		ckpts: storage.Checkpoints{Blob: o.Store}, decode: make(chan struct{}, limits.Decoders),
+		ckpts: storage.Checkpoints{Blob: o.Store}, leases: leases, decode: make(chan struct{}, limits.Decoders),
 		jobs: map[JobID]*Job{}, reserved: map[JobID]int64{}, closed: make(chan struct{}),
 	}
 	m.budget = o.Device.Info().MemFree
@@ -144,6 +150,8 @@ func NewManager(o Options) (*Manager, error) {
 	for _, j := range m.jobs {
 		m.start(j, nil, true)
 	}
+	m.running.Add(1)
+	go m.keepLeases()
 	return m, nil
 }
 

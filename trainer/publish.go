@@ -150,11 +150,12 @@ func (j *Job) announce(man storage.Manifest, took time.Duration) {
 	j.counts.PublishedBytes += man.Bytes("")
 	close(j.published)
 	j.published = make(chan struct{})
+	j.nodes.publish(man)
 	j.events.publish("checkpoint", man)
 }
 
 // retain deletes checkpoints that the policy does not keep: all but the newest
-// keep_last, steps divisible by keep_every, and the newest snapshot. A failure
+// keep_last, steps divisible by keep_every, the newest snapshot and what is leased. A failure
 // is logged and tried again after the next publication.
 func (j *Job) retain(ctx context.Context) {
 	defer crashpoint.Enter(crashpoint.Retain)()
@@ -179,7 +180,13 @@ func (j *Job) retain(ctx context.Context) {
 		if newest || kth || man.Snapshot && man.Step == snapshot {
 			continue
 		}
-		if err := j.m.ckpts.Delete(ctx, man); err != nil {
+		deleted, ok := j.m.leases.remove(j.ID, man.Step)
+		if !ok {
+			continue // a reader holds it
+		}
+		err := j.m.ckpts.Delete(ctx, man)
+		deleted(err)
+		if err != nil {
 			j.m.log.Warn("delete an old checkpoint", "job", j.ID, "prefix", man.Prefix, "err", err)
 		}
 	}

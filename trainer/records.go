@@ -170,7 +170,7 @@ func openRecords(path string) (*records, error) {
 	}
 	r := &records{db: db}
 	err = r.update(func(tx *bbolt.Tx) error {
-		for _, name := range [][]byte{bucketMeta, bucketJobs, bucketSteps, bucketIdem} {
+		for _, name := range [][]byte{bucketMeta, bucketJobs, bucketSteps, bucketIdem, bucketLeases} {
 			if _, err := tx.CreateBucketIfNotExists(name); err != nil {
 				return err
 			}

@@ -78,6 +78,12 @@ var Table = []Rule{
 	{Route: "GET /v1/jobs/:job/checkpoints/:step", May: readers},
 	{Route: "GET /v1/jobs/:job/checkpoints/:step/files/*", May: readers},
 	{Route: "HEAD /v1/jobs/:job/checkpoints/:step/files/*", May: readers},
+	{Route: "POST /v1/jobs/:job/checkpoints/:step/leases", May: readers},
+	{Route: "GET /v1/jobs/:job/checkpoints/:step/leases", May: readers},
+	{Route: "PUT /v1/jobs/:job/checkpoints/:step/leases/:lease", May: readers},
+	{Route: "DELETE /v1/jobs/:job/checkpoints/:step/leases/:lease", May: readers},
+	{Route: "PUT /v1/jobs/:job/nodes/:node", May: readers},
+	{Route: "GET /v1/jobs/:job/nodes", May: readers},
 }
 
 var ruleOf = func() map[string]Rule {
