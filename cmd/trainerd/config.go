@@ -41,7 +41,8 @@ type Config struct {
 	MaxQueueRows   int      `json:"max_queue_rows" help:"most rollouts a job may have queued before it answers 429"`
 	MaxQueueTokens int64    `json:"max_queue_tokens" help:"most tokens a job may have queued before it answers 429"`
 	PeakTFLOPS     float64  `json:"peak_tflops" help:"peak arithmetic of the device in TFLOP/s, which the metric mfu is a share of; 0: no mfu"`
-	Shutdown       Duration `json:"shutdown" help:"how long a graceful stop may take"`
+	Drain          Duration `json:"drain" help:"how long after the signal to stop requests are still answered, with /readyz at 503"`
+	Shutdown       Duration `json:"shutdown" help:"how long a graceful stop may take then; past it the step is cut short and the next start repeats it"`
 }
 
 // ObjectStore says how to reach s3:// locations, in every command that takes one.
@@ -269,6 +270,8 @@ func (c Config) Validate() error {
 		return fault.BadField("max_queue_tokens", c.MaxQueueTokens, "more than 0")
 	case !(c.PeakTFLOPS >= 0 && c.PeakTFLOPS <= 1e9):
 		return fault.BadField("peak_tflops", c.PeakTFLOPS, "0 or more")
+	case c.Drain < 0:
+		return fault.BadField("drain", time.Duration(c.Drain), "0 or more")
 	case c.Shutdown <= 0:
 		return fault.BadField("shutdown", time.Duration(c.Shutdown), "more than 0")
 	}

@@ -54,13 +54,13 @@ func TestConfigLayers(t *testing.T) {
 func TestEveryMemberIsReached(t *testing.T) {
 	d := DefaultConfig()
 	for _, m := range membersOf(&d) {
-		text := map[string]string{"listen": "127.0.0.2:1", "shutdown": "7s", "insecure": "true", "s3_path_style": "false",
+		text := map[string]string{"listen": "127.0.0.2:1", "shutdown": "7s", "drain": "3s", "insecure": "true", "s3_path_style": "false",
 			"trace_endpoint": "http://127.0.0.1:4318", "trace_sample": "0.5"}[m.name]
 		if text == "" {
 			text = "7"
 		}
 		raw := text
-		if k := m.target.Kind().String(); k == "string" || m.name == "shutdown" {
+		if k := m.target.Kind().String(); k == "string" || m.name == "shutdown" || m.name == "drain" {
 			raw = `"` + text + `"`
 		}
 		for way, load := range map[string]func() (Config, error){
@@ -123,6 +123,7 @@ func TestConfigRefuses(t *testing.T) {
 		{"no queue of tokens", "", nil, []string{"--max-queue-tokens", "0"}, []string{"max_queue_tokens"}},
 		{"traces to nowhere", "", nil, []string{"--trace-endpoint", "collector:4318"}, []string{"trace_endpoint", "http://HOST:PORT"}},
 		{"a sample over one", "", nil, []string{"--trace-sample", "2"}, []string{"trace_sample", "0 to 1"}},
+		{"drain before the signal", "", nil, []string{"--drain", "-1s"}, []string{"drain", "0 or more"}},
 		{"no time to stop", "", nil, []string{"--shutdown", "0s"}, []string{"shutdown"}},
 	} {
 		t.Run(tc.name, func(t *testing.T) {

@@ -9,6 +9,7 @@ import (
 	"net/http"
 	"strconv"
 	"strings"
+	"time"
 
 	"go.opentelemetry.io/otel/trace"
 
@@ -123,12 +124,30 @@ func (p *Program) Start(ctx context.Context) (err error) {
 // URL returns the server's base address.
 func (p *Program) URL() string { return p.gate.scheme() + "://" + p.addr.String() }
 
-// Close stops intake, lets the running step finish, writes what is pending and frees the device.
+// Close stops intake, lets the running step finish, writes what is pending and
+// frees the device. Requests get half of the time that ctx leaves; then they are
+// cut off, since the step must not pay for them.
 func (p *Program) Close(ctx context.Context) error {
+	p.api.Drain()
 	p.api.Close() // ends streams and long polls, which Shutdown would wait for
-	err := p.http.Shutdown(ctx)
+	answering, cancel := halfOf(ctx)
+	defer cancel()
+	err := p.http.Shutdown(answering)
+	if err != nil {
+		p.Log.Warn("requests were cut off", "err", err)
+		err = p.http.Close()
+	}
 	if serr := <-p.served; serr != nil && !errors.Is(serr, http.ErrServerClosed) {
 		err = errors.Join(err, serr)
 	}
 	return errors.Join(err, p.manager.Close(ctx), p.device.Close(), p.gate.close(), p.spans.Close(ctx))
+}
+
+// halfOf returns a context that ends when half of the time to ctx's deadline is over.
+func halfOf(ctx context.Context) (context.Context, context.CancelFunc) {
+	at, ok := ctx.Deadline()
+	if !ok {
+		return context.WithCancel(ctx)
+	}
+	return context.WithTimeout(ctx, time.Until(at)/2)
 }
