@@ -44,6 +44,7 @@ var rules = []rule{
 	{dir: "server/access", may: []string{"storage"}, uses: []string{"github.com/labstack/echo"}},
 	{dir: "client", may: []string{"rollout", "storage"}},
 	{dir: "secloop", may: []string{"client", "rollout", "model/tokenizer"}},
+	{dir: "secloop/sensor", may: []string{"secloop"}},
 	{dir: "secloop/scenario", may: []string{"secloop"}},
 	{dir: "secloop/blue", may: []string{"secloop/scenario"}},
 	{dir: "secloop/red", may: []string{"secloop/scenario"}},

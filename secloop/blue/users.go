@@ -95,3 +95,18 @@ func login(c io.ReadWriter) error {
 	}
 	return err
 }
+
+// Visit is one connection of background noise; whether it was answered does not matter.
+func Visit(ctx context.Context, stand scenario.Stand, v scenario.Visit) {
+	c, err := stand.Dial(ctx, v.From, v.To)
+	if err != nil {
+		return
+	}
+	defer c.Close()
+	if v.Say == "" {
+		return
+	}
+	c.SetDeadline(time.Now().Add(serviceTimeout / 2))
+	go io.WriteString(c, v.Say)
+	io.Copy(io.Discard, io.LimitReader(c, maxBody))
+}

@@ -8,6 +8,7 @@ import (
 	"trainerd/internal/fault"
 	"trainerd/secloop"
 	"trainerd/secloop/scenario"
+	"trainerd/secloop/sensor"
 )
 
 // Options of a field.
@@ -35,6 +36,11 @@ func (*Field) Run(context.Context, secloop.Alert, secloop.Strategy) (secloop.Fee
 // Play is Run with everything that happened.
 func (*Field) Play(context.Context, secloop.Alert, secloop.Strategy) (scenario.Outcome, error) {
 	return scenario.Outcome{}, fault.New(fault.Unavailable, "no_namespaces", "run battle-field: namespaces need Linux")
+}
+
+// Observe plays an incident before a sensor.
+func (*Field) Observe(context.Context, secloop.Alert, uint64) ([]sensor.Alert, error) {
+	return nil, fault.New(fault.Unavailable, "no_namespaces", "observe incident: namespaces need Linux")
 }
 
 // Close does nothing.

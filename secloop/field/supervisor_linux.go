@@ -16,6 +16,7 @@ import (
 	"trainerd/internal/fault"
 	"trainerd/secloop"
 	"trainerd/secloop/scenario"
+	"trainerd/secloop/sensor"
 )
 
 // The roles that this executable plays when it is started again; argv[0] says which.
@@ -133,28 +134,65 @@ func (f *Field) Play(ctx context.Context, a secloop.Alert, s secloop.Strategy) (
 	if err != nil {
 		return out, err
 	}
+	if err := f.on(ctx, "play", episode{ep, s, f.opts.Canary}, &out); err != nil {
+		return out, fmt.Errorf("run battle-field: %w", err)
+	}
+	return out, nil
+}
+
+// on asks a worker of its own and ends it.
+func (f *Field) on(ctx context.Context, op string, arg, val any) error {
 	select {
 	case f.slots <- struct{}{}:
 		defer func() { <-f.slots }()
 	case <-ctx.Done():
-		return out, ctx.Err()
+		return ctx.Err()
 	}
 	w, err := f.start()
 	if err != nil {
-		return out, fault.New(fault.Unavailable, "no_worker", "start battle-field: %w", err)
+		return fault.New(fault.Unavailable, "no_worker", "start worker: %w", err)
 	}
 	defer w.end()
 	ctx, cancel := context.WithTimeout(ctx, episodeTimeout)
 	defer cancel()
 	defer context.AfterFunc(ctx, w.kill)()
-	if err := w.peer.call("play", episode{ep, s, f.opts.Canary}, &out); err != nil {
+	if err := w.peer.call(op, arg, val); err != nil {
 		if ctx.Err() != nil {
-			return out, fmt.Errorf("run battle-field: %w", ctx.Err())
+			return ctx.Err()
 		}
 		w.kill()
-		return out, fmt.Errorf("run battle-field: %w%s", err, w.said())
+		return fmt.Errorf("%w%s", err, w.said())
 	}
-	return out, nil
+	return nil
+}
+
+// Observe plays an incident's chain against an undefended clone among background
+// noise and returns what the sensor in blue's namespace raised.
+func (f *Field) Observe(ctx context.Context, a secloop.Alert, seed uint64) ([]sensor.Alert, error) {
+	ep, err := scenario.New(a)
+	if err != nil {
+		return nil, err
+	}
+	var got watched
+	if err := f.on(ctx, "observe", observation{ep, seed, f.opts.Canary}, &got); err != nil {
+		return nil, fmt.Errorf("observe incident: %w", err)
+	}
+	if got.Lost > 0 {
+		return nil, fault.New(fault.Unavailable, "sensor_lost", "observe incident: the sensor lost %d packets", got.Lost)
+	}
+	return got.Alerts, nil
+}
+
+// observation is what the supervisor tells a worker that watches, and watched what comes back.
+type observation struct {
+	Episode scenario.Episode
+	Seed    uint64
+	Canary  []string
+}
+
+type watched struct {
+	Alerts []sensor.Alert
+	Lost   int
 }
 
 // workerProcess is a running worker, seen from the host.

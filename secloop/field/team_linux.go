@@ -24,6 +24,7 @@ import (
 func blueRole() error {
 	var b *blue.Blue
 	var filter *filter
+	var watch *capture
 	return serve(os.Stdin, os.Stdout, func(op string, arg json.RawMessage) (any, error) {
 		switch op {
 		case "start":
@@ -56,6 +57,22 @@ func blueRole() error {
 				return nil, err
 			}
 			return nil, apply(a, b, filter)
+		case "watch":
+			var err error
+			watch, err = newCapture()
+			return nil, err
+		case "skip", "seen":
+			if watch == nil {
+				return nil, errors.New("no sensor")
+			}
+			if op == "seen" {
+				return watch.seen()
+			}
+			var d time.Duration
+			if err := json.Unmarshal(arg, &d); err != nil {
+				return nil, err
+			}
+			return nil, watch.skip(d)
 		case "tick":
 			return b.Tick(context.Background()), nil
 		case "settle":
@@ -179,6 +196,13 @@ func redRole() error {
 			return r.Run(context.Background(), i), nil
 		case "release":
 			r.Release()
+			return nil, nil
+		case "visit":
+			var v scenario.Visit
+			if err := json.Unmarshal(arg, &v); err != nil {
+				return nil, err
+			}
+			r.Visit(context.Background(), v)
 			return nil, nil
 		}
 		return nil, fmt.Errorf("unknown request %q", op)

@@ -34,7 +34,7 @@ func worker() error {
 	return serve(os.Stdin, os.Stdout, func(op string, arg json.RawMessage) (any, error) {
 		switch op {
 		case "check":
-			w, err := build(scenario.Episode{Target: scenario.Hosts()[0], Scenario: "port_scan", Sources: [3]netip.Addr{
+			w, err := build(scenario.Episode{Target: scenario.Hosts()[0], Scenario: "port_scan", Stray: netip.MustParseAddr("198.18.0.55"), Sources: [3]netip.Addr{
 				netip.MustParseAddr("198.18.0.10"), netip.MustParseAddr("198.18.0.40"), netip.MustParseAddr("198.18.0.70")}})
 			if err != nil {
 				return nil, err
@@ -58,6 +58,16 @@ func worker() error {
 				}
 			}
 			return scenario.Play(context.Background(), e.Episode, e.Strategy, w)
+		case "observe":
+			var o observation
+			if err := json.Unmarshal(arg, &o); err != nil {
+				return nil, err
+			}
+			w, err := build(o.Episode)
+			if err != nil {
+				return nil, err
+			}
+			return w.observe(o.Seed)
 		}
 		return nil, fmt.Errorf("unknown request %q", op)
 	})
@@ -106,7 +116,7 @@ type workerField struct {
 // build starts blue and red, wires them up and lets them get ready.
 func build(ep scenario.Episode) (*workerField, error) {
 	w := &workerField{ep: ep, listens: map[int]bool{}, users: stand{patience: userPatience}}
-	bluePid, bluePeer, err := team(roleBlue, blueUser, unix.CAP_NET_ADMIN)
+	bluePid, bluePeer, err := team(roleBlue, blueUser, unix.CAP_NET_ADMIN, unix.CAP_NET_RAW)
 	if err != nil {
 		return nil, err
 	}
@@ -130,8 +140,8 @@ func build(ep scenario.Episode) (*workerField, error) {
 	return w, nil
 }
 
-// team starts a side in its own network and ipc namespace, with one capability.
-func team(role string, uid uint32, capability uintptr) (pid int, p *peer, err error) {
+// team starts a side in its own network and ipc namespace, with the capabilities that it needs.
+func team(role string, uid uint32, capabilities ...uintptr) (pid int, p *peer, err error) {
 	inR, inW, err := os.Pipe()
 	if err != nil {
 		return 0, nil, err
@@ -145,7 +155,7 @@ func team(role string, uid uint32, capability uintptr) (pid int, p *peer, err er
 	cmd.SysProcAttr = &syscall.SysProcAttr{
 		Cloneflags:  unix.CLONE_NEWNET | unix.CLONE_NEWIPC,
 		Credential:  &syscall.Credential{Uid: uid, Gid: uid},
-		AmbientCaps: []uintptr{capability},
+		AmbientCaps: capabilities,
 	}
 	if err := cmd.Start(); err != nil {
 		return 0, nil, fmt.Errorf("start %s: %w", role, err)
@@ -194,7 +204,7 @@ func wire(ep scenario.Episode, bluePid, redPid int) error {
 		userAddrs = append(userAddrs, netip.PrefixFrom(a, 24))
 	}
 	var redAddrs []netip.Prefix
-	for _, a := range ep.Sources {
+	for _, a := range append(ep.Sources[:], ep.Stray) {
 		redAddrs = append(redAddrs, netip.PrefixFrom(a, 24))
 	}
 	for _, l := range []struct {
@@ -303,6 +313,33 @@ func (w *workerField) Release(context.Context) error {
 		return err
 	}
 	return w.blue.call("settle", nil, nil)
+}
+
+// observe plays the chain before the sensor, which listens before red does anything.
+func (w *workerField) observe(seed uint64) (watched, error) {
+	var got watched
+	if err := w.blue.call("watch", nil, nil); err != nil {
+		return got, fmt.Errorf("start sensor: %w", err)
+	}
+	if err := scenario.Observe(context.Background(), w.ep, seed, w); err != nil {
+		return got, err
+	}
+	err := w.blue.call("seen", nil, &got)
+	return got, err
+}
+
+// Visit implements scenario.Watched.
+func (w *workerField) Visit(ctx context.Context, v scenario.Visit) error {
+	if scenario.RedNet.Contains(v.From) {
+		return w.red.call("visit", v, nil)
+	}
+	blue.Visit(ctx, w.users, v)
+	return nil
+}
+
+// Skip implements scenario.Watched.
+func (w *workerField) Skip(_ context.Context, d time.Duration) error {
+	return w.blue.call("skip", d, nil)
 }
 
 // Users implements scenario.Sides; the users stand in the worker's own namespace.

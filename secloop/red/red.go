@@ -100,6 +100,14 @@ func (b *budget) dial(ctx context.Context, src netip.Addr, dst netip.AddrPort) (
 	return c, err
 }
 
+// Visit is a stray scanner's connection: outside like red, and no part of the incident.
+func (r *Red) Visit(ctx context.Context, v scenario.Visit) {
+	b := &budget{stand: r.stand, left: 1}
+	if c, err := b.dial(ctx, v.From, v.To); err == nil {
+		c.Close()
+	}
+}
+
 type plugin func(r *Red, ctx context.Context, b *budget, src netip.Addr, with map[string]string) (scenario.Result, error)
 
 var plugins = map[string]plugin{

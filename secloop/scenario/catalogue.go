@@ -21,6 +21,7 @@ type Scenario struct {
 	Name      string         `yaml:"name"`
 	Tactic    string         `yaml:"tactic"`    // ATT&CK tactic
 	Technique string         `yaml:"technique"` // ATT&CK technique id
+	Heldout   bool           `yaml:"heldout"`   // never drawn for training
 	Reference string         `yaml:"reference"` // the flaw it is modelled on, if any
 	Targets   []string       `yaml:"targets"`
 	Implant   string         `yaml:"implant"` // addresses that a process planted on the target calls, in order
@@ -121,8 +122,13 @@ func Parse(text []byte) ([]Scenario, error) {
 	return all, nil
 }
 
-// All lists the scenarios.
+// All lists every scenario.
 func All() []Scenario { return slices.Clone(catalogue) }
+
+// Scenarios lists those for training, or those that are held out.
+func Scenarios(heldout bool) []Scenario {
+	return slices.DeleteFunc(All(), func(s Scenario) bool { return s.Heldout != heldout })
+}
 
 // ByName finds a scenario.
 func ByName(name string) (Scenario, bool) {
@@ -139,6 +145,8 @@ type Episode struct {
 	Scenario string
 	Target   Host
 	Sources  [3]netip.Addr // the alert's source, then those that the attacker moves to
+	Seed     uint64        // of everything that is drawn for this incident
+	Stray    netip.Addr    // somebody else outside, who scans and goes away
 	Secret   string
 	Password string // the weak one that can be guessed
 	Words    []string
@@ -164,13 +172,13 @@ func New(a secloop.Alert) (Episode, error) {
 	h := fnv.New64a()
 	fmt.Fprint(h, a.Key())
 	r := rand.New(rand.NewPCG(h.Sum64(), 6))
-	e := Episode{Scenario: s.Name, Secret: fmt.Sprintf("flag-%016x", r.Uint64()), Sources: [3]netip.Addr{src}}
+	e := Episode{Scenario: s.Name, Seed: h.Sum64(), Secret: fmt.Sprintf("flag-%016x", r.Uint64()), Sources: [3]netip.Addr{src}}
 	e.Target, _ = HostByName(a.Target)
 	last := int(src.As4()[3])
-	for i := 1; i < 3; i++ { // +30 and +60 within 10..99: three different addresses
-		n := FirstSource + (last-FirstSource+30*i)%(LastSource-FirstSource+1)
-		e.Sources[i] = netip.AddrFrom4([4]byte{198, 18, 0, byte(n)})
+	other := func(d int) netip.Addr { // within 10..99, so that +30, +60 and +45 are different addresses
+		return netip.AddrFrom4([4]byte{198, 18, 0, byte(FirstSource + (last-FirstSource+d)%(LastSource-FirstSource+1))})
 	}
+	e.Sources[1], e.Sources[2], e.Stray = other(30), other(60), other(45)
 	e.Words = slices.Clone(words)
 	r.Shuffle(len(e.Words), func(i, j int) { e.Words[i], e.Words[j] = e.Words[j], e.Words[i] })
 	e.Password = e.Words[3+r.IntN(len(words)-3)]
@@ -228,13 +236,4 @@ func (e Episode) Remedies() []secloop.Strategy {
 		out = append(out, secloop.Strategy{{Tool: c.Tool, Params: params}})
 	}
 	return out
-}
-
-// RandomAlert draws an alert uniformly over scenarios, targets and sources.
-func RandomAlert(r *rand.Rand) secloop.Alert {
-	s := catalogue[r.IntN(len(catalogue))]
-	return secloop.Alert{
-		Attack: s.Name, Target: s.Targets[r.IntN(len(s.Targets))], Count: 1 + r.IntN(99), Risk: s.Risk,
-		Source: fmt.Sprintf("198.18.0.%d", FirstSource+r.IntN(LastSource-FirstSource+1)),
-	}
 }

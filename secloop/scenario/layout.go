@@ -6,6 +6,8 @@ import (
 	"net/netip"
 	"slices"
 	"time"
+
+	"trainerd/secloop/sensor"
 )
 
 // The addresses of every episode. 198.18.0.0/15 is reserved for benchmarks
@@ -115,6 +117,15 @@ const SynOverflow = "syn_overflow"
 
 // Forged is the i-th forged source of a flood.
 func Forged(i int) netip.Addr { return netip.AddrFrom4([4]byte{198, 18, 4, byte(1 + i%250)}) }
+
+// Network tells a sensor whose addresses are whose.
+var Network = sensor.Network{
+	Host: func(a netip.Addr) string {
+		h, _ := HostByAddr(a)
+		return h.Name
+	},
+	Trusted: UserNet.Contains,
+}
 
 // UserAddrs are the addresses of legitimate clients, who take turns.
 func UserAddrs() []netip.Addr {

@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"trainerd/secloop/scenario"
+	"trainerd/secloop/sensor"
 )
 
 // network is one episode's wire, packet filter and SYN queues. Time does not
@@ -22,13 +23,27 @@ type network struct {
 	halfOpen  map[netip.AddrPort]int
 	dropped   map[netip.AddrPort]int            // SYNs that found the queue full
 	open      map[netip.Addr]map[netip.Addr]int // open connections by destination and source
+	ports     map[endpoints]uint16              // next client port
+	tap       *sensor.Engine                    // nil without a sensor
+}
+
+type endpoints struct {
+	src netip.Addr
+	dst netip.AddrPort
 }
 
 func newNetwork() *network {
 	return &network{
 		listeners: map[netip.AddrPort]*listener{}, sysctls: map[string]string{"net.ipv4.tcp_syncookies": "0"},
-		halfOpen: map[netip.AddrPort]int{}, dropped: map[netip.AddrPort]int{}, open: map[netip.Addr]map[netip.Addr]int{},
+		halfOpen: map[netip.AddrPort]int{}, dropped: map[netip.AddrPort]int{}, open: map[netip.Addr]map[netip.Addr]int{}, ports: map[endpoints]uint16{},
 	}
+}
+
+// client is the address of the next connection between two endpoints; mu is held.
+func (n *network) client(src netip.Addr, dst netip.AddrPort) netip.AddrPort {
+	e := endpoints{src, dst}
+	n.ports[e]++
+	return netip.AddrPortFrom(src, 40000+n.ports[e])
 }
 
 func (n *network) addRule(r scenario.Rule) {
@@ -92,6 +107,10 @@ func (n *network) Dial(ctx context.Context, src netip.Addr, dst netip.AddrPort) 
 	n.mu.Lock()
 	ok := n.passes(src, dst)
 	ln := n.listeners[dst]
+	local := n.client(src, dst)
+	if n.tap != nil {
+		n.tap.Begin(local, dst)
+	}
 	if ok && ln != nil && n.halfOpen[dst] >= scenario.Backlog && n.sysctls["net.ipv4.tcp_syncookies"] == "0" {
 		n.dropped[dst]++
 		ok = false
@@ -107,10 +126,15 @@ func (n *network) Dial(ctx context.Context, src netip.Addr, dst netip.AddrPort) 
 		return nil, timeout{dst}
 	}
 	if ln == nil {
+		if n.tap != nil {
+			n.tap.End(dst, local, true)
+		}
 		return nil, fmt.Errorf("dial %s: connection refused", dst)
 	}
 	near, far := net.Pipe()
-	local := netip.AddrPortFrom(src, 40000)
+	if n.tap != nil {
+		n.tap.Complete(local, dst)
+	}
 	var once sync.Once
 	closed := func() {
 		once.Do(func() {
@@ -120,8 +144,8 @@ func (n *network) Dial(ctx context.Context, src netip.Addr, dst netip.AddrPort) 
 		})
 	}
 	select {
-	case ln.queue <- &conn{far, dst, local, closed}:
-		return &conn{near, local, dst, closed}, nil
+	case ln.queue <- &conn{Conn: far, local: dst, remote: local, closed: closed, tap: n.tap}:
+		return &conn{Conn: near, local: local, remote: dst, closed: closed, tap: n.tap}, nil
 	case <-ln.done:
 		closed()
 		return nil, fmt.Errorf("dial %s: connection refused", dst)
@@ -151,6 +175,9 @@ func (n *network) Syn(ctx context.Context, dst netip.AddrPort, count int) (int, 
 	n.mu.Lock()
 	defer n.mu.Unlock()
 	for i := range count {
+		if n.tap != nil {
+			n.tap.Begin(n.client(scenario.Forged(i), dst), dst)
+		}
 		if n.passes(scenario.Forged(i), dst) && n.listeners[dst] != nil {
 			if n.halfOpen[dst] < scenario.Backlog {
 				n.halfOpen[dst]++
@@ -180,13 +207,28 @@ type conn struct {
 	net.Conn
 	local, remote netip.AddrPort
 	closed        func()
+	tap           *sensor.Engine
+	once          sync.Once
 }
 
 func (c *conn) LocalAddr() net.Addr  { return net.TCPAddrFromAddrPort(c.local) }
 func (c *conn) RemoteAddr() net.Addr { return net.TCPAddrFromAddrPort(c.remote) }
 
+// Write implements net.Conn.
+func (c *conn) Write(b []byte) (int, error) {
+	if c.tap != nil {
+		c.tap.Bytes(c.local, c.remote, b)
+	}
+	return c.Conn.Write(b)
+}
+
 // Close implements net.Conn.
 func (c *conn) Close() error {
+	c.once.Do(func() {
+		if c.tap != nil {
+			c.tap.End(c.local, c.remote, false)
+		}
+	})
 	c.closed()
 	return c.Conn.Close()
 }

@@ -3,11 +3,13 @@ package sim
 import (
 	"context"
 	"fmt"
+	"time"
 
 	"trainerd/secloop"
 	"trainerd/secloop/blue"
 	"trainerd/secloop/red"
 	"trainerd/secloop/scenario"
+	"trainerd/secloop/sensor"
 )
 
 // Field is the simulated battle-field. It is safe for concurrent use.
@@ -39,11 +41,54 @@ func (Field) Play(ctx context.Context, a secloop.Alert, s secloop.Strategy) (sce
 	return scenario.Play(ctx, ep, s, t)
 }
 
+// Observe plays an incident's chain against an undefended clone among background
+// noise and returns what the sensor raised. Time does not pass here: the
+// sensor's clock is the seed's pace.
+func (Field) Observe(ctx context.Context, a secloop.Alert, seed uint64) ([]sensor.Alert, error) {
+	ep, err := scenario.New(a)
+	if err != nil {
+		return nil, err
+	}
+	n := newNetwork()
+	n.tap = sensor.NewEngine(scenario.Network)
+	b, err := blue.Start(ep, n)
+	if err != nil {
+		return nil, fmt.Errorf("build simulated field: %w", err)
+	}
+	t := &teams{network: n, blue: b, red: red.New(ep, n)}
+	defer b.Close()
+	defer t.red.Release()
+	if err := scenario.Observe(ctx, ep, seed, t); err != nil {
+		return nil, fmt.Errorf("observe incident: %w", err)
+	}
+	alerts, _ := n.tap.Alerts()
+	return alerts, nil
+}
+
+// Visit implements scenario.Watched.
+func (t *teams) Visit(ctx context.Context, v scenario.Visit) error {
+	if scenario.RedNet.Contains(v.From) {
+		t.red.Visit(ctx, v)
+	} else {
+		blue.Visit(ctx, t.network, v)
+	}
+	t.blue.Settle()
+	return ctx.Err()
+}
+
+// Skip implements scenario.Watched.
+func (t *teams) Skip(_ context.Context, d time.Duration) error {
+	t.now += d
+	t.network.tap.At(t.now)
+	return nil
+}
+
 // teams implements scenario.Sides.
 type teams struct {
 	network *network
 	blue    *blue.Blue
 	red     *red.Red
+	now     time.Duration // of the sensor
 }
 
 func (t *teams) Apply(_ context.Context, a scenario.Action) error {
