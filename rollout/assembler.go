@@ -17,11 +17,20 @@ const (
 	IncompleteTrain = "train" // its G is the actual count
 )
 
+// What happens to a group whose oldest row lags by more than MaxPolicyLag.
+const (
+	StaleReject = "reject" // it is dropped when a step would take it
+	StaleDelay  = "delay"  // so it is, but steps wait for open groups that would come to it; see Awaited
+	StaleAdmit  = "admit"  // it is trained and counted
+)
+
 // AssemblerOptions are the settings of a job that decide how rows become groups.
 type AssemblerOptions struct {
 	GroupSize         int           // rows of a complete group; 1 with cross_entropy whatever is said here
 	Objective         string        //
 	MaxPolicyLag      int64         // in steps; 0 admits only the newest policy, negative is no limit
+	Stale             string        // StaleReject (default), StaleDelay or StaleAdmit
+	Steps             int64         // optimizer steps on what one Take hands out; default 1
 	RequirePolicyStep bool          // refuse rows without policy_step
 	Incomplete        string        // IncompleteDrop (default) or IncompleteTrain
 	GroupTimeout      time.Duration // from the group's first row; 0: never
@@ -92,6 +101,7 @@ func NewAssembler(o AssemblerOptions) *Assembler {
 	if o.Objective == CrossEntropy || o.GroupSize < 1 {
 		o.GroupSize = 1
 	}
+	o.Steps = max(o.Steps, 1)
 	return &Assembler{
 		opts: o, live: map[string]*entry{},
 		counters: Counters{GroupsDropped: map[string]int64{}, RolloutsDropped: map[string]int64{}},
@@ -242,35 +252,60 @@ func (a *Assembler) Ready() int { return len(a.ready) }
 // Take hands out the n oldest ready groups that are fresh enough at step, the
 // number of optimizer steps done. Groups that it meets on the way and whose
 // oldest row lags by more than MaxPolicyLag are dropped under ReasonPolicyLag
-// and returned as stale. When fewer than n fresh groups are ready, none is taken.
-// A taken group waits for Mark or Requeue.
+// and returned as stale, unless StaleAdmit lets them in. With StaleDelay it looks
+// at all ready groups, and those that would be too stale for the take after it go
+// before older ones that would not. When fewer than n fresh groups are ready,
+// none is taken. A taken group waits for Mark or Requeue.
 func (a *Assembler) Take(n int, step int64) (taken []Group, stale []GroupState) {
 	if n < 1 {
 		return nil, nil
 	}
 	a.changed()
-	var fresh, rest []*entry
+	fresh := make([]*entry, 0, len(a.ready))
 	for i, e := range a.ready {
-		if len(fresh) == n {
-			rest = a.ready[i:]
+		if len(fresh) == n && a.opts.Stale != StaleDelay {
+			fresh = append(fresh, a.ready[i:]...)
 			break
 		}
-		if a.lag(e, step) {
+		if a.opts.Stale != StaleAdmit && a.lag(e, step) {
 			stale = append(stale, a.close(e, State{Status: Dropped, Reason: ReasonPolicyLag}))
 		} else {
 			fresh = append(fresh, e)
 		}
 	}
+	a.ready = fresh
 	if len(fresh) < n {
-		a.ready = fresh
 		return nil, stale
 	}
-	a.ready = slices.Clone(rest)
+	urgent := 0 // groups for which this is the last chance
+	if a.opts.Stale == StaleDelay {
+		for _, e := range fresh {
+			if a.lag(e, step+a.opts.Steps) {
+				urgent++
+			}
+		}
+	}
+	urgent = min(urgent, n)
+	others := n - urgent
+	rest := make([]*entry, 0, len(fresh)-n)
 	for _, e := range fresh {
+		quota := &others
+		if urgent > 0 && a.lag(e, step+a.opts.Steps) {
+			quota = &urgent
+		}
+		if *quota == 0 {
+			rest = append(rest, e)
+			continue
+		}
+		*quota--
+		if a.lag(e, step) {
+			a.counters.StaleAdmitted++
+		}
 		e.state.Status = Taken
 		a.leave(e)
 		taken = append(taken, e.group)
 	}
+	a.ready = rest
 	return taken, stale
 }
 
@@ -286,6 +321,26 @@ func (a *Assembler) lag(e *entry, step int64) bool {
 	}
 	return false
 }
+
+// Awaited are the open groups that a step taken now, at step, would make too
+// stale, in the order of their first rows: with StaleDelay it is put off until
+// they are complete or settled by Expire. A group that is too stale already is
+// not waited for.
+func (a *Assembler) Awaited(step int64) []string {
+	if a.opts.Stale != StaleDelay {
+		return nil
+	}
+	var ids []string
+	for _, e := range a.opened {
+		if e.state.Status == Open && a.lag(e, step+a.opts.Steps) && !a.lag(e, step) {
+			ids = append(ids, e.group.ID)
+		}
+	}
+	return ids
+}
+
+// Delayed counts groups that a step was put off for.
+func (a *Assembler) Delayed(groups int64) { a.counters.StaleDelayed += groups }
 
 // leave takes a group's rows out of the queue depth.
 func (a *Assembler) leave(e *entry) { a.move(e, -1) }
