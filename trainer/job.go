@@ -89,6 +89,7 @@ func (m *Manager) newJob(rec jobRecord) (*Job, error) {
 	if !rec.State.Final() {
 		j.state = Loading
 	}
+	m.exec.Weigh(rec.ID, rec.Spec.weight())
 	s := &rec.Spec
 	j.asm = rollout.NewAssembler(rollout.AssemblerOptions{
 		GroupSize: s.Objective.GroupSize, Objective: s.Objective.Name, MaxPolicyLag: s.Batch.MaxPolicyLag,
@@ -295,6 +296,7 @@ func (j *Job) unload(ctx context.Context) {
 	if err != nil && !errors.Is(err, errClosed) {
 		j.m.log.Error("free a model", "job", j.ID, "err", err)
 	}
+	j.m.exec.Forget(j.ID)
 }
 
 // Queue is what waits in a job.

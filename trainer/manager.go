@@ -131,7 +131,7 @@ func NewManager(o Options) (*Manager, error) {
 	}
 	limits := o.Limits.withDefaults()
 	m := &Manager{
-		opts: o, limits: limits, log: o.Logger, db: db, exec: newExecutor(),
+		opts: o, limits: limits, log: o.Logger, db: db, exec: newExecutor().start(),
 		ckpts: storage.Checkpoints{Blob: o.Store}, leases: leases, decode: make(chan struct{}, limits.Decoders),
 		jobs: map[JobID]*Job{}, reserved: map[JobID]int64{}, closed: make(chan struct{}),
 	}

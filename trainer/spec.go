@@ -24,7 +24,7 @@ type Spec struct {
 	// Priority is the job's weight where jobs compete for the device: of two that
 	// both have work, one of 20 gets twice the device time of one of 10.
 	Priority int64 `json:"priority"`
-	MaxSteps   int64            `json:"max_steps"` // 0: endless
+	MaxSteps int64 `json:"max_steps"` // 0: endless
 	// Seed gives sampling requests without a seed of their own one that is a
 	// function of it and of the request's number in the job. Steps draw nothing.
 	Seed int64 `json:"seed"`

@@ -53,6 +53,7 @@ func (j *Job) run(ctx context.Context, base *baseModel, restored bool) {
 	if s := j.State(); s == Failed || s == Cancelled {
 		j.unload(ctx) // and give the reservation back
 	}
+	j.m.exec.Rest(j.ID)
 	j.awaitFlight(context.WithoutCancel(ctx)) // it ends when the store takes it, by kill or by Close
 }
 
@@ -77,6 +78,7 @@ func (j *Job) patiently(ctx context.Context, do func() error) error {
 			return err
 		}
 		j.note(err)
+		j.m.exec.Rest(j.ID)
 		select {
 		case <-time.After(pause):
 		case <-ctx.Done():
@@ -127,6 +129,7 @@ func (j *Job) advance(ctx context.Context) (more bool, err error) {
 		defer t.Stop()
 		timer = t.C
 	}
+	j.m.exec.Rest(j.ID)
 	select {
 	case <-j.wake:
 	case <-timer:
