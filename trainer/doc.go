@@ -9,9 +9,10 @@
 // # Who runs what
 //
 // One goroutine owns the device and runs one piece of work at a time: an
-// optimizer step, a publication, a sampling or a scoring request. Each job has
-// two lanes in its queue, one for training and one for requests, served in
-// turn, so that neither a busy job nor a flood of requests starves the rest.
+// optimizer step, a publication's copy, a sampling or a scoring request. Jobs that
+// have work share the device's time by their weights (executor.go); a job has two
+// lanes in its queue, one for training and one for requests, served in turn, so
+// that neither a busy job nor a flood of requests starves the rest.
 // Each job has one goroutine that decides what its next piece of training is.
 //
 // # What is durable
