@@ -17,8 +17,9 @@ import (
 // Bounds of what a service keeps and accepts.
 const (
 	maxEvents      = 4096
-	maxBusy        = 32 // connections that a web host serves at once
-	serviceTimeout = 5 * time.Second
+	maxBusy        = 40 // connections that a host serves at once
+	serviceTimeout = 20 * time.Second
+	userTimeout    = 10 * time.Second
 	rotated        = "correct-horse-battery" // what rotate_credentials sets
 	storeSecret    = "store-password"
 )
@@ -174,10 +175,10 @@ func (b *Blue) Events() []scenario.Event {
 	return append([]scenario.Event(nil), b.events...)
 }
 
-// Settle waits until no connection is being served, for half a second at most:
+// Settle waits until no connection is being served, for five seconds at most:
 // what red let go of is then noticed everywhere.
 func (b *Blue) Settle() {
-	for end := time.Now().Add(500 * time.Millisecond); time.Now().Before(end); time.Sleep(200 * time.Microsecond) {
+	for end := time.Now().Add(5 * time.Second); time.Now().Before(end); time.Sleep(200 * time.Microsecond) {
 		b.mu.Lock()
 		n := 0
 		for _, busy := range b.busy {

@@ -16,28 +16,16 @@ import (
 	"trainerd/secloop/scenario"
 )
 
-// Users opens n connections to a host as legitimate clients do, four at a time,
-// and returns how many were served. After two that were not it asks no more.
+// Users opens n connections to a host as legitimate clients do, all at once,
+// and returns how many were served.
 func Users(ctx context.Context, stand scenario.Stand, h scenario.Host, n int) int {
-	var served, failed atomic.Int32
-	turns := make(chan int, n)
-	for i := range n {
-		turns <- i
-	}
+	var served atomic.Int32
 	from := scenario.UserAddrs()
-	close(turns)
 	var wg sync.WaitGroup
-	for range 4 {
+	for i := range n {
 		wg.Go(func() {
-			for i := range turns {
-				if failed.Load() >= 2 {
-					return
-				}
-				if User(ctx, stand, from[i%len(from)], h) == nil {
-					served.Add(1)
-				} else {
-					failed.Add(1)
-				}
+			if User(ctx, stand, from[i%len(from)], h) == nil {
+				served.Add(1)
 			}
 		})
 	}
@@ -52,7 +40,7 @@ func User(ctx context.Context, stand scenario.Stand, src netip.Addr, h scenario.
 		return err
 	}
 	defer c.Close()
-	c.SetDeadline(time.Now().Add(serviceTimeout / 2))
+	c.SetDeadline(time.Now().Add(userTimeout))
 	say, expect := "", ""
 	switch h.Service {
 	case scenario.Web:
@@ -106,7 +94,7 @@ func Visit(ctx context.Context, stand scenario.Stand, v scenario.Visit) {
 	if v.Say == "" {
 		return
 	}
-	c.SetDeadline(time.Now().Add(serviceTimeout / 2))
+	c.SetDeadline(time.Now().Add(userTimeout))
 	go io.WriteString(c, v.Say)
 	io.Copy(io.Discard, io.LimitReader(c, maxBody))
 }

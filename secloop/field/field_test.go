@@ -66,7 +66,7 @@ func TestTwins(t *testing.T) {
 		}
 		strategies := append(ep.Remedies(),
 			call("block_ip", "ip", "198.18.0.5"), call("block_ip", "ip", a.Source), call("isolate_host", "host", a.Target),
-			call("rate_limit", "host", a.Target, "per_minute", "2"), call("patch_service", "host", "dns1"),
+			call("rate_limit", "host", a.Target, "per_hour", "2"), call("patch_service", "host", "dns1"),
 			append(call("harden_kernel", "host", a.Target), call("filter_egress", "host", a.Target)...))
 		for _, s := range strategies {
 			t.Run(sc.Name+"/"+s[0].Tool, func(t *testing.T) {
@@ -275,7 +275,7 @@ func TestBadInputIsScored(t *testing.T) {
 	}
 }
 
-// BenchmarkEpisodes prints episodes per minute at 1, 4 and 8 in parallel, and
+// BenchmarkEpisodes prints episodes per hour at 1, 4 and 8 in parallel, and
 // BenchmarkCreate the time from nothing to a field that answers.
 func BenchmarkEpisodes(b *testing.B) {
 	for _, n := range []int{1, 4, 8} {

@@ -12,7 +12,8 @@ import (
 )
 
 // filter is blue's nftables ruleset: one table with an input and an output
-// chain that accept, to which drops are added. Rules are built from typed
+// chain that accept, to which refusals are added: a refused packet is answered
+// with a reset, so that nobody waits for what will not come. Rules are built from typed
 // values over netlink; no rule text exists.
 type filter struct {
 	conn    *nftables.Conn
@@ -34,6 +35,16 @@ func newFilter() (*filter, error) {
 		Hooknum: nftables.ChainHookInput, Priority: nftables.ChainPriorityFilter, Policy: &accept})
 	f.out = conn.AddChain(&nftables.Chain{Name: "out", Table: f.table, Type: nftables.ChainTypeFilter,
 		Hooknum: nftables.ChainHookOutput, Priority: nftables.ChainPriorityFilter, Policy: &accept})
+	for i, c := range []*nftables.Chain{f.in, f.out} { // resets always pass: they carry the filter's own answers
+		conn.AddRule(&nftables.Rule{Table: f.table, Chain: c, Exprs: []expr.Any{
+			&expr.Meta{Key: expr.MetaKeyL4PROTO, Register: 1}, &expr.Cmp{Op: expr.CmpOpEq, Register: 1, Data: []byte{unix.IPPROTO_TCP}},
+			&expr.Payload{DestRegister: 1, Base: expr.PayloadBaseTransportHeader, Offset: offsetFlags, Len: 1},
+			&expr.Bitwise{SourceRegister: 1, DestRegister: 1, Len: 1, Mask: []byte{flagRST}, Xor: []byte{0}},
+			&expr.Cmp{Op: expr.CmpOpNeq, Register: 1, Data: []byte{0}},
+			&expr.Verdict{Kind: expr.VerdictAccept},
+		}})
+		f.count[i]++
+	}
 	if err := conn.Flush(); err != nil {
 		return nil, fmt.Errorf("make table: %w", err)
 	}
@@ -45,6 +56,7 @@ const (
 	offsetSource      = 12
 	offsetDestination = 16
 	offsetPort        = 2
+	offsetFlags       = 13
 )
 
 // add appends a rule and reads the chain back.
@@ -75,8 +87,8 @@ func (f *filter) add(r scenario.Rule) error {
 			&expr.Bitwise{SourceRegister: 1, DestRegister: 1, Len: 4, Mask: binaryutil.NativeEndian.PutUint32(expr.CtStateBitNEW), Xor: make([]byte, 4)},
 			&expr.Cmp{Op: expr.CmpOpNeq, Register: 1, Data: make([]byte, 4)})
 	}
-	if r.PerMinute > 0 {
-		x = append(x, &expr.Limit{Type: expr.LimitTypePkts, Rate: uint64(r.PerMinute), Unit: expr.LimitTimeMinute, Burst: uint32(r.PerMinute), Over: true})
+	if r.PerHour > 0 {
+		x = append(x, &expr.Limit{Type: expr.LimitTypePkts, Rate: uint64(r.PerHour), Unit: expr.LimitTimeHour, Burst: uint32(r.PerHour), Over: true})
 	}
 	if r.PerSource > 0 {
 		f.sets++
@@ -88,7 +100,7 @@ func (f *filter) add(r scenario.Rule) error {
 			&expr.Dynset{SrcRegKey: 1, SetName: set.Name, SetID: set.ID, Operation: unix.NFT_DYNSET_OP_ADD,
 				Exprs: []expr.Any{&expr.Connlimit{Count: uint32(r.PerSource), Flags: expr.NFT_CONNLIMIT_F_INV}}})
 	}
-	x = append(x, &expr.Counter{}, &expr.Verdict{Kind: expr.VerdictDrop})
+	x = append(x, &expr.Counter{}, &expr.Reject{Type: unix.NFT_REJECT_TCP_RST})
 	f.conn.AddRule(&nftables.Rule{Table: f.table, Chain: chain, Exprs: x})
 	if err := f.conn.Flush(); err != nil {
 		return fmt.Errorf("add rule: %w", err)

@@ -42,7 +42,7 @@ func blueRole() error {
 			if filter, err = newFilter(); err != nil {
 				return nil, err
 			}
-			b, err = blue.Start(ep, stand{patience: redPatience})
+			b, err = blue.Start(ep, stand{patience: patience})
 			return nil, err
 		case "escape":
 			return nil, escape(arg)
@@ -90,6 +90,7 @@ var initialSysctls = []scenario.Sysctl{
 	{Key: "net.core.somaxconn", Value: strconv.Itoa(scenario.Backlog)},
 	{Key: "net.ipv4.tcp_max_syn_backlog", Value: strconv.Itoa(scenario.Backlog)},
 	{Key: "net.ipv4.tcp_syncookies", Value: "0"},
+	{Key: "net.ipv4.tcp_no_metrics_save", Value: "1"}, // a full SYN queue keeps places for clients that are remembered
 	{Key: "net.ipv4.conf.all.rp_filter", Value: "0"},
 	{Key: "net.ipv4.ip_forward", Value: "0"},
 	{Key: "net.ipv4.ip_unprivileged_port_start", Value: "0"},
@@ -174,7 +175,7 @@ func redRole() error {
 			if err := confined(); err != nil {
 				return nil, err
 			}
-			r = red.New(ep, stand{patience: redPatience})
+			r = red.New(ep, stand{patience: patience})
 			return nil, nil
 		}
 		if op == "escape" {

@@ -115,7 +115,7 @@ type workerField struct {
 
 // build starts blue and red, wires them up and lets them get ready.
 func build(ep scenario.Episode) (*workerField, error) {
-	w := &workerField{ep: ep, listens: map[int]bool{}, users: stand{patience: userPatience}}
+	w := &workerField{ep: ep, listens: map[int]bool{}, users: stand{patience: patience}}
 	bluePid, bluePeer, err := team(roleBlue, blueUser, unix.CAP_NET_ADMIN, unix.CAP_NET_RAW)
 	if err != nil {
 		return nil, err
@@ -343,12 +343,16 @@ func (w *workerField) Skip(_ context.Context, d time.Duration) error {
 }
 
 // Users implements scenario.Sides; the users stand in the worker's own namespace.
-func (w *workerField) Users(ctx context.Context, host string, n int) (int, error) {
+func (w *workerField) Users(ctx context.Context, host string, n int, pressure bool) (int, error) {
 	h, ok := scenario.HostByName(host)
 	if !ok {
 		return 0, fmt.Errorf("unknown host %q", host)
 	}
-	return blue.Users(ctx, w.users, h, n), nil
+	users := w.users
+	if pressure {
+		users.patience = pressedPatience
+	}
+	return blue.Users(ctx, users, h, n), nil
 }
 
 // Events implements scenario.Sides.

@@ -3,7 +3,6 @@ package red
 import (
 	"context"
 	"encoding/binary"
-	"errors"
 	"fmt"
 	"io"
 	"net"
@@ -18,9 +17,8 @@ import (
 	"trainerd/secloop/scenario"
 )
 
-// scan tries ports of the target, and of that many hosts when targets says so.
-// It gives up on a host after the first port that does not answer at all: the
-// count of open ports is what the stage is about.
+// scan tries ports of the target, and of that many hosts when targets says so,
+// and counts those that are open.
 func (r *Red) scan(ctx context.Context, b *budget, src netip.Addr, with map[string]string) (scenario.Result, error) {
 	hosts := scenario.Hosts()
 	n, err := number(with, "targets", 1, len(hosts))
@@ -47,9 +45,6 @@ func (r *Red) scan(ctx context.Context, b *budget, src netip.Addr, with map[stri
 				mu.Unlock()
 				c, err := one.dial(ctx, src, netip.AddrPortFrom(h.Addr, uint16(port)))
 				if err != nil {
-					if timedOut(err) {
-						return
-					}
 					continue
 				}
 				c.Close()
@@ -61,11 +56,6 @@ func (r *Red) scan(ctx context.Context, b *budget, src netip.Addr, with map[stri
 	}
 	wg.Wait()
 	return res, nil
-}
-
-func timedOut(err error) bool {
-	var t interface{ Timeout() bool }
-	return errors.As(err, &t) && t.Timeout()
 }
 
 // http sends one request.
@@ -239,7 +229,7 @@ func (r *Red) listen(ctx context.Context, b *budget, _ netip.Addr, with map[stri
 	return scenario.Result{Output: out, Count: len(out)}, err
 }
 
-// syn sends SYNs with forged sources and completes none.
+// syn sends SYNs with forged sources, completes none and keeps the queue full until Release.
 func (r *Red) syn(ctx context.Context, _ *budget, _ netip.Addr, with map[string]string) (scenario.Result, error) {
 	n, err := number(with, "packets", 1, maxSYN)
 	if err != nil {
@@ -249,7 +239,10 @@ func (r *Red) syn(ctx context.Context, _ *budget, _ netip.Addr, with map[string]
 	if !ok {
 		return scenario.Result{}, fmt.Errorf("this stand cannot send SYNs")
 	}
-	sent, err := f.Syn(ctx, r.target().At(), n)
+	sent, stop, err := f.Flood(ctx, r.target().At(), n)
+	if stop != nil {
+		r.stops = append(r.stops, stop)
+	}
 	return scenario.Result{Count: sent, Packets: sent}, err
 }
 

@@ -16,10 +16,10 @@ import (
 // Budgets of one stage.
 const (
 	maxConnections = 64
-	maxSYN         = 2048
+	maxSYN         = 512
 	maxBytes       = 128 << 10
 	maxOutput      = 4 << 10
-	maxTime        = 5 * time.Second
+	maxTime        = 10 * time.Second
 )
 
 // Red plays the stages of one episode.
@@ -28,6 +28,7 @@ type Red struct {
 	stand scenario.Stand
 	chain []scenario.Stage
 	held  []io.Closer
+	stops []func() // of floods
 	ln    net.Listener
 }
 
@@ -75,7 +76,10 @@ func (r *Red) Release() {
 	for _, c := range r.held {
 		c.Close()
 	}
-	r.held = nil
+	for _, stop := range r.stops {
+		stop()
+	}
+	r.held, r.stops = nil, nil
 }
 
 // budget counts what a stage has used and refuses what it may not do.

@@ -5,7 +5,6 @@ import (
 	"net"
 	"net/netip"
 	"slices"
-	"time"
 
 	"trainerd/secloop/sensor"
 )
@@ -96,17 +95,19 @@ func Inside(a netip.Addr) bool { return Space.Contains(a) || loopback.Contains(a
 
 // Stand is a place on the network: where red, a user or a blue service stands.
 // Dial opens a TCP connection from one of the stand's own addresses; a
-// connection that a rule drops ends in an error, after Patience at the latest.
+// connection that a rule refuses ends in an error at once.
 type Stand interface {
 	Dial(ctx context.Context, src netip.Addr, dst netip.AddrPort) (net.Conn, error)
 	Listen(at netip.AddrPort) (net.Listener, error)
-	Patience() time.Duration // how long to wait for an answer
 }
 
-// Flooder is a Stand that can send TCP SYNs with forged sources out of SpoofNet.
+// Flooder is a Stand that can send TCP SYNs with n forged sources out of
+// SpoofNet. What they fill stays full until stop, which also takes the
+// half-open connections back, so that what follows does not depend on when a
+// kernel gives them up.
 type Flooder interface {
 	Stand
-	Syn(ctx context.Context, dst netip.AddrPort, n int) (sent int, err error)
+	Flood(ctx context.Context, dst netip.AddrPort, n int) (sent int, stop func(), err error)
 }
 
 // Backlog is the length of every listener's SYN and accept queue.

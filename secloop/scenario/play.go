@@ -20,8 +20,9 @@ type Sides interface {
 	Attack(ctx context.Context, i int) (Result, error)
 	// Release ends what red still holds open.
 	Release(ctx context.Context) error
-	// Users returns how many of n legitimate clients were served by a host.
-	Users(ctx context.Context, host string, n int) (served int, err error)
+	// Users returns how many of n legitimate clients, all at once, were served by
+	// a host. Under pressure they give up sooner.
+	Users(ctx context.Context, host string, n int, pressure bool) (served int, err error)
 	// Events returns what blue's services and kernel saw so far.
 	Events(ctx context.Context) ([]Event, error)
 }
@@ -82,7 +83,7 @@ func Play(ctx context.Context, e Episode, strategy secloop.Strategy, s Sides) (O
 		}
 		served := 1.0
 		if st.Success.UsersBelow > 0 {
-			n, err := s.Users(ctx, e.Target.Name, UserConnections)
+			n, err := s.Users(ctx, e.Target.Name, UserConnections, true)
 			if err != nil {
 				return out, fmt.Errorf("probe users: %w", err)
 			}
@@ -99,7 +100,7 @@ func Play(ctx context.Context, e Episode, strategy secloop.Strategy, s Sides) (O
 		return out, fmt.Errorf("release: %w", err)
 	}
 	for _, h := range hosts {
-		n, err := s.Users(ctx, h.Name, UserConnections)
+		n, err := s.Users(ctx, h.Name, UserConnections, false)
 		if err != nil {
 			return out, fmt.Errorf("probe users: %w", err)
 		}

@@ -87,7 +87,7 @@ type Effect struct {
 	Setting *Setting `json:"setting,omitempty"`
 }
 
-// Rule drops packets at the blue gateway. Invalid addresses and a zero port
+// Rule refuses packets at the blue gateway. Invalid addresses and a zero port
 // match everything. Rules without Established look at new connections only.
 type Rule struct {
 	Out         bool       `json:"out,omitempty"` // of packets that leave blue, else of those that enter
@@ -95,8 +95,8 @@ type Rule struct {
 	Dst         netip.Addr `json:"dst,omitzero"`
 	Port        uint16     `json:"port,omitempty"`
 	Established bool       `json:"established,omitempty"`
-	PerMinute   int        `json:"per_minute,omitempty"` // drop what exceeds this many new connections (burst: as many)
-	PerSource   int        `json:"per_source,omitempty"` // drop what exceeds this many open connections of one source
+	PerHour     int        `json:"per_hour,omitempty"`   // refuse what exceeds this many new connections (burst: as many)
+	PerSource   int        `json:"per_source,omitempty"` // refuse what exceeds this many open connections of one source
 }
 
 // Sysctl sets a kernel parameter of blue's namespace.
@@ -134,22 +134,22 @@ var hostParam = Param{Name: "host", Doc: "blue host", Enum: HostNames()}
 var wafRules = []string{"sqli", "xss", "lfi", "ssrf", "upload", "header"}
 
 var tools = []Tool{
-	{Name: "block_ip", Doc: "drop all traffic of one address", Params: []Param{{Name: "ip", Doc: "address to block"}},
+	{Name: "block_ip", Doc: "refuse all traffic of one address", Params: []Param{{Name: "ip", Doc: "address to block"}},
 		effects: func(_ Host, p map[string]string) ([]Effect, error) {
 			a := netip.MustParseAddr(p["ip"])
 			return []Effect{rule(Rule{Src: a, Established: true}), rule(Rule{Out: true, Dst: a, Established: true})}, nil
 		}},
-	{Name: "close_port", Doc: "drop new connections to one port of a host", Params: []Param{hostParam, {Name: "port", Doc: "TCP port", Min: 1, Max: 65535}},
+	{Name: "close_port", Doc: "refuse new connections to one port of a host", Params: []Param{hostParam, {Name: "port", Doc: "TCP port", Min: 1, Max: 65535}},
 		effects: func(h Host, p map[string]string) ([]Effect, error) {
 			n, _ := strconv.Atoi(p["port"])
 			return []Effect{rule(Rule{Dst: h.Addr, Port: uint16(n)})}, nil
 		}},
-	{Name: "connection_limit", Doc: "cap open connections of each source to a host", Params: []Param{hostParam, {Name: "per_source", Doc: "open connections", Min: 1, Max: 64}},
+	{Name: "connection_limit", Doc: "cap open connections of each source to a host", Params: []Param{hostParam, {Name: "per_source", Doc: "open connections", Enum: []string{"4", "8", "16", "32"}}},
 		effects: func(h Host, p map[string]string) ([]Effect, error) {
 			n, _ := strconv.Atoi(p["per_source"])
 			return []Effect{rule(Rule{Dst: h.Addr, PerSource: n})}, nil
 		}},
-	{Name: "filter_egress", Doc: "drop connections that a host opens", Params: []Param{hostParam},
+	{Name: "filter_egress", Doc: "refuse connections that a host opens", Params: []Param{hostParam},
 		effects: func(h Host, _ map[string]string) ([]Effect, error) {
 			return []Effect{rule(Rule{Out: true, Src: h.Addr})}, nil
 		}},
@@ -165,10 +165,10 @@ var tools = []Tool{
 		effects: func(h Host, _ map[string]string) ([]Effect, error) { return []Effect{setting(h, ImplantKilled)}, nil }},
 	{Name: "patch_service", Doc: "update the web application: middleware, uploads, object decoding", Params: []Param{hostParam}, effects: only(Web, Patched)},
 	{Name: "pin_dns", Doc: "accept signed updates only", Params: []Param{hostParam}, effects: only(DNS, SignedUpdates)},
-	{Name: "rate_limit", Doc: "cap new connections to a host per minute, whoever opens them", Params: []Param{hostParam, {Name: "per_minute", Doc: "new connections", Min: 1, Max: 8}}, Harmful: true,
+	{Name: "rate_limit", Doc: "cap new connections to a host per hour, whoever opens them", Params: []Param{hostParam, {Name: "per_hour", Doc: "new connections", Min: 1, Max: 8}}, Harmful: true,
 		effects: func(h Host, p map[string]string) ([]Effect, error) {
-			n, _ := strconv.Atoi(p["per_minute"])
-			return []Effect{rule(Rule{Dst: h.Addr, PerMinute: n})}, nil
+			n, _ := strconv.Atoi(p["per_hour"])
+			return []Effect{rule(Rule{Dst: h.Addr, PerHour: n})}, nil
 		}},
 	{Name: "redis_require_auth", Doc: "require a password of the data store", Params: []Param{hostParam}, effects: only(Store, RequireAuth)},
 	{Name: "rotate_credentials", Doc: "new passwords for the host's accounts", Params: []Param{hostParam},

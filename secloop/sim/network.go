@@ -6,14 +6,13 @@ import (
 	"net"
 	"net/netip"
 	"sync"
-	"time"
 
 	"trainerd/secloop/scenario"
 	"trainerd/secloop/sensor"
 )
 
 // network is one episode's wire, packet filter and SYN queues. Time does not
-// pass on it: what is dropped times out at once, and a limit per minute never refills.
+// pass on it: a full queue times out at once, and a limit per hour never refills.
 type network struct {
 	mu        sync.Mutex
 	listeners map[netip.AddrPort]*listener
@@ -59,12 +58,6 @@ func (n *network) setSysctl(s scenario.Sysctl) {
 	n.sysctls[s.Key] = s.Value
 }
 
-// timeout is the error of a packet that nobody answers.
-type timeout struct{ dst netip.AddrPort }
-
-func (t timeout) Error() string { return fmt.Sprintf("dial %s: i/o timeout", t.dst) }
-func (timeout) Timeout() bool   { return true }
-
 // passes says whether the filter lets a new connection through; mu is held.
 // Packets cross the filter only between blue and the rest, and a connection
 // needs both directions.
@@ -86,8 +79,8 @@ func (n *network) passes(src netip.Addr, dst netip.AddrPort) bool {
 			continue
 		}
 		switch {
-		case r.PerMinute > 0:
-			if n.used[i] >= r.PerMinute {
+		case r.PerHour > 0:
+			if n.used[i] >= r.PerHour {
 				return false
 			}
 			n.used[i]++
@@ -108,24 +101,25 @@ func (n *network) Dial(ctx context.Context, src netip.Addr, dst netip.AddrPort) 
 	ok := n.passes(src, dst)
 	ln := n.listeners[dst]
 	local := n.client(src, dst)
+	full := false // the SYN queue
 	if n.tap != nil {
 		n.tap.Begin(local, dst)
 	}
 	if ok && ln != nil && n.halfOpen[dst] >= scenario.Backlog && n.sysctls["net.ipv4.tcp_syncookies"] == "0" {
 		n.dropped[dst]++
-		ok = false
+		full = true
 	}
-	if ok && ln != nil {
+	if ok && !full && ln != nil {
 		if n.open[dst.Addr()] == nil {
 			n.open[dst.Addr()] = map[netip.Addr]int{}
 		}
 		n.open[dst.Addr()][src]++
 	}
 	n.mu.Unlock()
-	if !ok {
-		return nil, timeout{dst}
+	if full {
+		return nil, fmt.Errorf("dial %s: i/o timeout", dst)
 	}
-	if ln == nil {
+	if !ok || ln == nil {
 		if n.tap != nil {
 			n.tap.End(dst, local, true)
 		}
@@ -167,18 +161,16 @@ func (n *network) Listen(at netip.AddrPort) (net.Listener, error) {
 	return ln, nil
 }
 
-// Patience implements scenario.Stand; nothing has to be waited for.
-func (n *network) Patience() time.Duration { return 0 }
-
-// Syn implements scenario.Flooder.
-func (n *network) Syn(ctx context.Context, dst netip.AddrPort, count int) (int, error) {
+// Flood implements scenario.Flooder.
+func (n *network) Flood(ctx context.Context, dst netip.AddrPort, count int) (int, func(), error) {
 	n.mu.Lock()
 	defer n.mu.Unlock()
 	for i := range count {
+		src := n.client(scenario.Forged(i), dst)
 		if n.tap != nil {
-			n.tap.Begin(n.client(scenario.Forged(i), dst), dst)
+			n.tap.Begin(src, dst)
 		}
-		if n.passes(scenario.Forged(i), dst) && n.listeners[dst] != nil {
+		if n.passes(src.Addr(), dst) && n.listeners[dst] != nil {
 			if n.halfOpen[dst] < scenario.Backlog {
 				n.halfOpen[dst]++
 			} else {
@@ -186,7 +178,12 @@ func (n *network) Syn(ctx context.Context, dst netip.AddrPort, count int) (int, 
 			}
 		}
 	}
-	return count, ctx.Err()
+	stop := func() {
+		n.mu.Lock()
+		n.halfOpen[dst] = 0
+		n.mu.Unlock()
+	}
+	return count, stop, ctx.Err()
 }
 
 // kernelEvents is what the kernel's counters would tell.

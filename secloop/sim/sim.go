@@ -125,7 +125,7 @@ func (t *teams) Release(context.Context) error {
 	return nil
 }
 
-func (t *teams) Users(ctx context.Context, host string, n int) (int, error) {
+func (t *teams) Users(ctx context.Context, host string, n int, _ bool) (int, error) {
 	h, ok := scenario.HostByName(host)
 	if !ok {
 		return 0, fmt.Errorf("unknown host %q", host)
