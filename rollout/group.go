@@ -9,6 +9,24 @@ type Group struct {
 	Position   Position  // of the row that completed it: groups are trained in this order
 }
 
+// Tokens counts the prompt once and the completions, as Depth does.
+func (g *Group) Tokens() int64 {
+	n := int64(len(g.Prompt))
+	for i := range g.Rollouts {
+		n += int64(len(g.Rollouts[i].Completion))
+	}
+	return n
+}
+
+// Bytes is the size of the group's data, as Depth counts it.
+func (g *Group) Bytes() int64 {
+	n := 4 * int64(len(g.Prompt))
+	for i := range g.Rollouts {
+		n += g.Rollouts[i].payload()
+	}
+	return n
+}
+
 // Position is a row's place in the job's log.
 type Position struct {
 	Batch uint64 // sequence number of the batch in the spool

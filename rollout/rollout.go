@@ -77,6 +77,15 @@ func (b *Batch) Tokens() int64 {
 	return n
 }
 
+// Bytes is at most what the batch adds to Depth.Bytes: prompts count per row.
+func (b *Batch) Bytes() int64 {
+	var n int64
+	for i := range b.Rollouts {
+		n += 4*int64(len(b.Rollouts[i].Prompt)) + b.Rollouts[i].payload()
+	}
+	return n
+}
+
 // CheckPolicySteps refuses rows that claim a policy newer than newest.
 func (b *Batch) CheckPolicySteps(newest int64) error {
 	for i := range b.Rollouts {

@@ -2,7 +2,6 @@ package rollout
 
 import (
 	"fmt"
-	"io"
 	"maps"
 	"slices"
 
@@ -40,9 +39,9 @@ func (a *Assembler) Snapshot() *Snapshot {
 
 // A snapshot on disk, in the terms of package checked:
 //
-//	magic version
+//	version u32
 //	last u64  order u64
-//	counters: 8 i64 in the order of their fields; groups dropped, rollouts dropped: list of reason string, count i64
+//	counters: 10 i64 in the order of their fields; groups dropped, rollouts dropped: list of reason string, count i64
 //	reasons: list of string
 //	closed groups: list of name[16] step i64 rows u32 reason u32 status u8
 //	rollout ids: list of name[16] content[16]
@@ -52,14 +51,11 @@ func (a *Assembler) Snapshot() *Snapshot {
 //	  names of components: one list of string, of an open group one for each row
 //	  rows: list of id string  completion i32s  reward f64  components bool f64s  sampler_logprobs f32s
 //	        loss_mask: length, a byte each  loss_weights f32s  policy_step i64  truncated bool
-const (
-	snapshotMagic   = "trdqueue"
-	snapshotVersion = 1
-)
+const snapshotVersion = 1
 
-// Encode writes the snapshot.
-func (s *Snapshot) Encode(w io.Writer) error {
-	e := checked.NewWriter(w, snapshotMagic, snapshotVersion)
+// Put writes the snapshot as a part of a file.
+func (s *Snapshot) Put(e *checked.Writer) {
+	e.Uint32(snapshotVersion)
 	e.Uint64(s.last)
 	e.Uint64(s.order)
 	for _, n := range s.counters.totals() {
@@ -96,12 +92,12 @@ func (s *Snapshot) Encode(w io.Writer) error {
 	for i := range s.live {
 		s.live[i].encode(e)
 	}
-	return e.Close()
 }
 
 // totals are the counters that are one number, in the order in which they are stored.
 func (c *Counters) totals() []*int64 {
-	return []*int64{&c.Batches, &c.Rollouts, &c.Duplicates, &c.MissingPolicyStep, &c.GroupsCompleted, &c.GroupsIncomplete, &c.GroupsTrained, &c.RolloutsTrained}
+	return []*int64{&c.Batches, &c.Rollouts, &c.Duplicates, &c.MissingPolicyStep, &c.GroupsCompleted, &c.GroupsIncomplete, &c.GroupsTrained, &c.RolloutsTrained,
+		&c.StaleAdmitted, &c.StaleDelayed}
 }
 
 func texts(e *checked.Writer, list []string) {
@@ -151,12 +147,10 @@ func (x *entry) encode(e *checked.Writer) {
 	}
 }
 
-// DecodeSnapshot reads what Encode wrote and nothing after it. Memory grows with
-// what was read, not with what the bytes claim.
-func DecodeSnapshot(in io.Reader) (*Snapshot, error) {
-	d, _, err := checked.NewReader(in, snapshotMagic, snapshotVersion)
-	if err != nil {
-		return nil, fmt.Errorf("read queue state: %w", err)
+// TakeSnapshot reads what Put wrote. It is worth nothing unless the reader's Close says so.
+func TakeSnapshot(d *checked.Reader) *Snapshot {
+	if v := d.Uint32(); v != snapshotVersion {
+		d.Fail("a queue of version %d, expected %d", v, snapshotVersion)
 	}
 	s := &Snapshot{last: d.Uint64(), order: d.Uint64()}
 	for _, n := range s.counters.totals() {
@@ -193,10 +187,7 @@ func DecodeSnapshot(in io.Reader) (*Snapshot, error) {
 	})
 	s.batches = checked.List(d, d.Len(), func() batchGroups { return batchGroups{seq: d.Uint64(), groups: readTexts(d)} })
 	s.live = checked.List(d, d.Len(), func() entry { return decodeEntry(d) })
-	if err := d.Close(); err != nil {
-		return nil, fmt.Errorf("read queue state: %w", err)
-	}
-	return s, nil
+	return s
 }
 
 func decodeEntry(d *checked.Reader) (x entry) {

@@ -18,19 +18,33 @@ import (
 	"trainerd/internal/checked"
 )
 
-func encoded(t *testing.T, s *Snapshot) []byte {
+// The snapshots of these tests are files of their own.
+const snapshotMagic = "snapshot"
+
+func encoded(t testing.TB, s *Snapshot) []byte {
 	t.Helper()
 	var out bytes.Buffer
-	if err := s.Encode(&out); err != nil {
+	w := checked.NewWriter(&out, snapshotMagic, 1)
+	s.Put(w)
+	if err := w.Close(); err != nil {
 		t.Fatal(err)
 	}
 	return out.Bytes()
 }
 
+func decoded(raw []byte) (*Snapshot, error) {
+	d, _, err := checked.NewReader(bytes.NewReader(raw), snapshotMagic, 1)
+	if err != nil {
+		return nil, err
+	}
+	s := TakeSnapshot(d)
+	return s, d.Close()
+}
+
 // restored is an assembler made of the bytes of a's snapshot.
 func restored(t *testing.T, a *Assembler) *Assembler {
 	t.Helper()
-	s, err := DecodeSnapshot(bytes.NewReader(encoded(t, a.Snapshot())))
+	s, err := decoded(encoded(t, a.Snapshot()))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -45,7 +59,7 @@ func restored(t *testing.T, a *Assembler) *Assembler {
 // encoded only after the assembler had gone on.
 func TestALifeGoesOnFromASnapshot(t *testing.T) {
 	r := seeded(t)
-	for range 60 {
+	for range 20 {
 		opts := AssemblerOptions{GroupSize: 1 + r.IntN(4), MaxPolicyLag: int64(r.IntN(4)) - 1, GroupTimeout: time.Duration(r.IntN(20)),
 			Incomplete: []string{IncompleteDrop, IncompleteTrain}[r.IntN(2)]}
 		all := []*Assembler{NewAssembler(opts)}
@@ -192,7 +206,7 @@ func TestFrozenSnapshot(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	s, err := DecodeSnapshot(bytes.NewReader(raw))
+	s, err := decoded(raw)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -211,32 +225,29 @@ func TestADamagedSnapshotIsRefused(t *testing.T) {
 	for i := range raw {
 		bad := slices.Clone(raw)
 		bad[i] ^= 0x41
-		if _, err := DecodeSnapshot(bytes.NewReader(bad)); !errors.Is(err, checked.ErrDamaged) {
+		if _, err := decoded(bad); !errors.Is(err, checked.ErrDamaged) {
 			t.Fatalf("byte %d changed: %v", i, err)
 		}
-		if _, err := DecodeSnapshot(bytes.NewReader(raw[:i])); !errors.Is(err, checked.ErrDamaged) {
+		if _, err := decoded(raw[:i]); !errors.Is(err, checked.ErrDamaged) {
 			t.Fatalf("cut at %d: %v", i, err)
 		}
 	}
-	if _, err := DecodeSnapshot(bytes.NewReader(append(slices.Clone(raw), 0))); !errors.Is(err, checked.ErrDamaged) {
+	if _, err := decoded(append(slices.Clone(raw), 0)); !errors.Is(err, checked.ErrDamaged) {
 		t.Fatalf("a byte more: %v", err)
 	}
 }
 
 // Bytes that pass the checksum and make no sense are refused, and those that make
 // sense are a state that can be written again.
-func FuzzDecodeSnapshot(f *testing.F) {
-	var raw bytes.Buffer
+func FuzzSnapshot(f *testing.F) {
 	a := full(f)
-	if err := a.Snapshot().Encode(&raw); err != nil {
-		f.Fatal(err)
-	}
-	f.Add(raw.Bytes()[:raw.Len()-4])
+	raw := encoded(f, a.Snapshot())
+	f.Add(raw[:len(raw)-4])
 	f.Add([]byte(snapshotMagic))
 	f.Fuzz(func(t *testing.T, body []byte) {
 		sum := crc32.Checksum(body, crc32.MakeTable(crc32.Castagnoli))
 		whole := append(slices.Clone(body), byte(sum), byte(sum>>8), byte(sum>>16), byte(sum>>24))
-		s, err := DecodeSnapshot(bytes.NewReader(whole))
+		s, err := decoded(whole)
 		if err != nil {
 			return
 		}

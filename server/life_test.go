@@ -4,6 +4,7 @@ import (
 	"context"
 	"os"
 	"path/filepath"
+	"slices"
 	"testing"
 	"time"
 
@@ -173,8 +174,24 @@ func TestJobLife(t *testing.T) {
 	if _, err := c.Sample(ctx, j.ID, req); client.Code(err) != "not_loaded" {
 		t.Errorf("sample without a model: %v, expected not_loaded", err)
 	}
-	if _, err := os.Stat(filepath.Join(e.DataDir, "jobs", j.ID, "spool")); err != nil {
-		t.Errorf("spool: %v", err)
+	// What its batches became is kept, their rows are not.
+	kept := func() (names []string) {
+		entries, err := os.ReadDir(filepath.Join(e.DataDir, "jobs", j.ID))
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, e := range entries {
+			names = append(names, e.Name())
+		}
+		return names
+	}
+	for end := time.Now().Add(time.Minute); !slices.Equal(kept(), []string{"ended.bin"}); time.Sleep(5 * time.Millisecond) {
+		if time.Now().After(end) {
+			t.Fatalf("a finished job keeps %q, expected ended.bin", kept())
+		}
+	}
+	if b, err := c.Batch(ctx, j.ID, 1); err != nil || b.Groups[0].Status != "trained" {
+		t.Errorf("batch 1 of a finished job: %+v, %v", b, err)
 	}
 }
 

@@ -45,6 +45,7 @@ type content struct {
 	weights model.Source
 	exact   bool                  // the weights are float32, and hf/ may be rounded
 	state   func(io.Writer) error // optimizer state; nil without a snapshot
+	queue   *queueState           // that belongs to it; nil without
 	base    *baseModel            // what hf/ carries along
 	bytes   int64                 // host memory held; 0 when read from the device
 }
@@ -54,7 +55,7 @@ type content struct {
 func (j *Job) onDevice(snapshot bool) *content {
 	c := &content{step: j.weights, weights: j.model.Export(), exact: true, base: j.base}
 	if snapshot {
-		c.state = j.model.SaveState
+		c.state, c.queue = j.model.SaveState, j.captureQueue()
 	}
 	return c
 }
@@ -97,7 +98,7 @@ func (j *Job) capture(ctx context.Context, snapshot bool) (*content, error) {
 		if err != nil {
 			return nil, fmt.Errorf("capture the optimizer state: %w", err)
 		}
-		c.state = state.Save
+		c.state, c.queue = state.Save, j.captureQueue()
 	}
 	return c, nil
 }

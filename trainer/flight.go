@@ -24,6 +24,7 @@ type flight struct {
 	end    func(*error) // of its span
 
 	step    int64 // captured, -1 before; guarded by Job.mu
+	bytes   int64 // of host memory; guarded by Job.mu
 	content *content
 
 	failed chan struct{} // closed after the first try that failed, when cause is set
@@ -165,6 +166,7 @@ func (j *Job) takeOff(f *flight, snapshot bool) (ok bool, err error) {
 	f.content = c
 	took := time.Since(f.began)
 	j.mu.Lock()
+	f.bytes = n
 	j.counts.CaptureSeconds += took.Seconds()
 	j.mu.Unlock()
 	return true, nil
@@ -236,6 +238,7 @@ func (j *Job) again(f *flight, cause error, pause *time.Duration) error {
 // delivered tells the world of a checkpoint that is in the store.
 func (j *Job) delivered(f *flight, man storage.Manifest) {
 	j.announce(man, time.Since(f.began))
+	f.content.queue.release(j)
 	annotate(f.ctx, attribute.Int64("trainerd.step", man.Step), attribute.Int64("trainerd.bytes", man.Bytes("")))
 	j.m.log.InfoContext(f.ctx, "checkpoint published", "job", j.ID, "step", man.Step, "prefix", man.Prefix, "snapshot", man.Snapshot)
 	j.retain(f.ctx)
@@ -276,6 +279,12 @@ func (s *sending) send(ctx context.Context, j *Job, c *content, parent *storage.
 	if c.state != nil {
 		if err := s.file(ctx, fileOptimizer, c.state); err != nil {
 			return man, err
+		}
+		if c.queue != nil {
+			if err := s.file(ctx, fileQueue, c.queue.encode); err != nil {
+				return man, err
+			}
+			crashpoint.Reach("checkpoint.queue_written")
 		}
 		if c.base.dtype != "F32" {
 			if err := hf.Write(ctx, s.file, prefixWeights, c.weights, hf.WriteOptions{DType: "F32", ConfigJSON: c.base.configJSON}); err != nil {
@@ -356,4 +365,27 @@ func (j *Job) awaitFlight(ctx context.Context) error {
 			return ctx.Err()
 		}
 	}
+}
+
+// Publication is how checkpoints of a job get to the store.
+type Publication struct {
+	Step        *int64  `json:"step"`            // under way, null when none is
+	HostBytes   int64   `json:"host_bytes"`      // of the capture under way
+	Holds       string  `json:"holds,omitempty"` // why training waited while the newest was written, if it did
+	Synchronous int64   `json:"synchronous"`     // written while training waited
+	Waits       int64   `json:"waits"`           // times that a step waited for the publication before
+	WaitSeconds float64 `json:"wait_seconds"`    // in all
+	Capture     float64 `json:"capture_seconds"` // in all
+	Retries     int64   `json:"retries"`         // after the store failed
+}
+
+// publication is called with mu held.
+func (j *Job) publication() Publication {
+	p := Publication{Holds: j.grounded, Synchronous: j.counts.PublishedSync, Waits: j.counts.PublishWaits,
+		WaitSeconds: j.counts.PublishWaitSeconds, Capture: j.counts.CaptureSeconds, Retries: j.counts.PublishRetries}
+	if f := j.flight; f != nil && f.step >= 0 {
+		step := f.step
+		p.Step, p.HostBytes = &step, f.bytes
+	}
+	return p
 }

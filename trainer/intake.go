@@ -121,7 +121,7 @@ func (j *Job) acceptedBefore(key, digest string) (Receipt, bool, error) {
 	}
 	j.mu.Lock()
 	defer j.mu.Unlock()
-	a, ok := j.keys[key]
+	a, ok := j.keys.get(key)
 	if !ok {
 		return Receipt{}, false, nil
 	}
@@ -211,10 +211,11 @@ func (j *Job) enter(seq uint64, b *rollout.Batch, key string, meta rolloutMeta) 
 	if err != nil {
 		return Receipt{}, err
 	}
+	j.entered = seq
 	r := Receipt{Job: j.ID, Batch: seq, Rows: res.Rows, Duplicates: res.Duplicates, GroupsCompleted: res.GroupsCompleted,
 		GroupsOpen: res.GroupsOpen, PolicyStep: meta.PolicyStep, Step: meta.Step}
 	if key != "" {
-		j.keys[key] = accepted{digest: meta.Digest, receipt: r}
+		j.keys.add(key, accepted{digest: meta.Digest, receipt: r})
 	}
 	return r, nil
 }
@@ -244,6 +245,7 @@ func (j *Job) apply(r spool.Record) error {
 			return fmt.Errorf("read meta of spool record %d: %w", r.Seq, err)
 		}
 		j.asm.Expire(meta.Now)
+		j.entered = r.Seq
 		return nil
 	}
 	return fault.New(fault.Invalid, "spool_kind", "read spool record %d: kind %q, expected %s or %s", r.Seq, r.Kind, recordRollouts, recordExpire)
@@ -259,12 +261,14 @@ func (j *Job) expire() error {
 	if err != nil {
 		return err
 	}
-	if _, err := j.spool.Append(spool.Record{Kind: recordExpire, Meta: raw}); err != nil {
+	seq, err := j.spool.Append(spool.Record{Kind: recordExpire, Meta: raw})
+	if err != nil {
 		return &fault.Error{Kind: fault.Unavailable, Code: "spool_unavailable", Msg: "record expired groups", Err: err}
 	}
 	j.mu.Lock()
 	defer j.mu.Unlock()
 	j.asm.Expire(now)
+	j.entered = seq
 	return nil
 }
 
@@ -288,6 +292,9 @@ type BatchStatus struct {
 func (j *Job) Batch(seq uint64) (BatchStatus, error) {
 	j.mu.Lock()
 	defer j.mu.Unlock()
+	if !j.fed && (j.state == Loading || j.returning) {
+		return BatchStatus{}, j.wrongState("read a batch")
+	}
 	groups, ok := j.asm.Batch(seq)
 	if !ok {
 		return BatchStatus{}, &fault.Error{Kind: fault.NotFound, Code: "batch_not_found", Msg: "no such batch",

@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"path/filepath"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -24,7 +23,7 @@ type Job struct {
 	created time.Time
 	spec    Spec
 	m       *Manager
-	spool   *spool.Log
+	spool   *spool.Log // nil until it is opened, while the job is loaded; of an ended job nil or closed
 	events  *eventRing
 	wake    chan struct{}      // one token: something changed for the job's goroutine
 	kill    context.CancelFunc // cuts running work short
@@ -38,23 +37,27 @@ type Job struct {
 	rec       jobRecord
 	state     State
 	asm       *rollout.Assembler
-	keys      map[string]accepted // by Idempotency-Key
-	fed       bool                // the assembler has all that the spool has
-	training  *consumption        // nil between steps on different groups
-	flush     bool                // train what is complete although it is less than a step wants
-	latest    *storage.Manifest   // newest published checkpoint
-	snapshot  int64               // step of the newest snapshot, 0 for the base model
-	published chan struct{}       // closed and replaced when latest moves
-	flight    *flight             // publication under way, at most one
-	grounded  string              // why the newest publication held the device; "" when it did not
+	keys      keyring           // by Idempotency-Key
+	entered   uint64            // newest record of the spool that the assembler has
+	fed       bool              // it has all of them
+	ends      bool              // its end is in the database
+	returning bool              // it was when the server started, and its queue is not known again yet
+	training  *consumption      // nil between steps on different groups
+	flush     bool              // train what is complete although it is less than a step wants
+	latest    *storage.Manifest // newest published checkpoint
+	snapshot  int64             // step of the newest snapshot, 0 for the base model
+	published chan struct{}     // closed and replaced when latest moves
+	flight    *flight           // publication under way, at most one
+	grounded  string            // why the newest publication held the device; "" when it did not
 	plan      *kernels.Plan
 	stepTime  time.Duration // of the newest step
 	samples   uint64        // sampling requests so far, for their default seeds
 	counts    jobCounts
 
-	held time.Time // since when a step waits for the publication under way; of the job's goroutine
-
 	nodes nodes // inference nodes that report; has its own lock
+
+	holds hold // what keeps a step from starting although there is work; guarded by mu
+	drain drain
 
 	loaded atomic.Bool // model is not nil
 
@@ -72,30 +75,23 @@ type consumption struct {
 	batches []uint64            // that completed them
 	first   int64               // number of its first step
 	logSeq  uint64              // newest spool record when they were taken
+	delayed int64               // open groups that they waited for
 	run     *sagrpo.Consumption // nil until its first step; device state
 }
 
-// newJob opens a job's spool and makes a job that does not run yet.
-func (m *Manager) newJob(rec jobRecord) (*Job, error) {
-	log, err := spool.Open(filepath.Join(m.jobDir(rec.ID), "spool"), m.limits.SegmentBytes)
-	if err != nil {
-		return nil, fmt.Errorf("open spool of job %s: %w", rec.ID, err)
-	}
+// newJob makes a job that does not run yet, with an empty queue.
+func (m *Manager) newJob(rec jobRecord) *Job {
 	j := &Job{
-		ID: rec.ID, created: rec.Created, spec: rec.Spec, m: m, spool: log, rec: rec, state: rec.State,
+		ID: rec.ID, created: rec.Created, spec: rec.Spec, m: m, rec: rec, state: rec.State, ends: rec.State.Final(), returning: rec.State.Final(),
 		events: newEventRing(m.limits.EventRing), wake: make(chan struct{}, 1), ended: make(chan struct{}),
-		keys: map[string]accepted{}, published: make(chan struct{}),
+		published: make(chan struct{}),
 	}
 	if !rec.State.Final() {
 		j.state = Loading
 	}
 	m.exec.Weigh(rec.ID, rec.Spec.weight())
-	s := &rec.Spec
-	j.asm = rollout.NewAssembler(rollout.AssemblerOptions{
-		GroupSize: s.Objective.GroupSize, Objective: s.Objective.Name, MaxPolicyLag: s.Batch.MaxPolicyLag,
-		RequirePolicyStep: s.Batch.MissingStep == "refuse", Incomplete: s.Batch.IncompleteWhat, GroupTimeout: s.Batch.Timeout(),
-	})
-	return j, nil
+	j.asm = rollout.NewAssembler(rec.Spec.assembler())
+	return j
 }
 
 // poke tells the job's goroutine to look again.
@@ -146,6 +142,9 @@ func (j *Job) policyStep() int64 {
 // wrongState is the refusal of a call that the job's state does not allow.
 // A state that will pass is Unavailable, a final one Conflict.
 func (j *Job) wrongState(doing string) error {
+	if j.returning {
+		return &fault.Error{Kind: fault.Unavailable, Code: "job_loading", Msg: doing + ": what the ended job left is being read", RetryAfter: time.Second}
+	}
 	if j.state.Final() {
 		return &fault.Error{Kind: fault.Conflict, Code: "job_" + string(j.state), Msg: fmt.Sprintf("%s: the job is %s", doing, j.state),
 			Fields: []fault.Field{{Name: "job", Row: -1, Got: string(j.state), Expected: "a job that is not finished, failed or cancelled"}}}
@@ -231,9 +230,11 @@ func (j *Job) end(s State, cause error) error {
 	if cause != nil {
 		rec.LastError = lastError(cause)
 	}
-	if err := j.m.db.putJob(rec, nil); err != nil && s != Failed {
+	err := j.m.db.putJob(rec, nil)
+	if err != nil && s != Failed {
 		return fault.New(fault.Unavailable, "records_unavailable", "record the end: %w", err)
 	}
+	j.ends = err == nil
 	j.rec = rec
 	j.dropQueue("job_" + string(s))
 	j.setState(s)
@@ -242,19 +243,7 @@ func (j *Job) end(s State, cause error) error {
 
 // dropQueue refuses every live group under a reason. Called with mu held.
 func (j *Job) dropQueue(reason string) {
-	var ids []string
-	seen := map[string]bool{}
-	for seq := uint64(1); seq <= j.spool.Last(); seq++ {
-		groups, _ := j.asm.Batch(seq)
-		for _, g := range groups {
-			live := g.State.Status == rollout.Open || g.State.Status == rollout.Ready || g.State.Status == rollout.Taken
-			if live && !seen[g.ID] {
-				seen[g.ID] = true
-				ids = append(ids, g.ID)
-			}
-		}
-	}
-	if err := j.asm.Mark(ids, rollout.State{Status: rollout.Dropped, Reason: reason}); err != nil {
+	if err := j.asm.Mark(j.asm.Live(), rollout.State{Status: rollout.Dropped, Reason: reason}); err != nil {
 		j.m.log.Error("refuse the queue of an ended job", "job", j.ID, "err", err)
 	}
 }
@@ -303,6 +292,7 @@ func (j *Job) unload(ctx context.Context) {
 type Queue struct {
 	Rollouts       int   `json:"rollouts"`
 	Tokens         int64 `json:"tokens"` // each prompt once
+	Bytes          int64 `json:"bytes"`  // of the rows' payload in memory
 	GroupsComplete int   `json:"groups_complete"`
 	GroupsOpen     int   `json:"groups_open"`
 }
@@ -316,6 +306,14 @@ type Counts struct {
 	GroupsTrained     int64            `json:"groups_trained"`
 	GroupsIncomplete  int64            `json:"groups_incomplete"`
 	GroupsRefused     map[string]int64 `json:"groups_refused"` // by reason
+	Stale             StaleCounts      `json:"stale"`
+}
+
+// StaleCounts are the groups that lagged too far, or would have, by what was done.
+type StaleCounts struct {
+	Admitted int64 `json:"admitted"` // trained all the same
+	Delayed  int64 `json:"delayed"`  // open groups that a step was put off for
+	Rejected int64 `json:"rejected"` // refused as policy_lag
 }
 
 // jobCounts are totals since the start of the process, for /metrics.
@@ -324,7 +322,7 @@ type jobCounts struct {
 	StepSeconds, PublishSeconds                                  float64
 	PublishedBytes                                               int64
 	PublishedSync, PublishRetries, PublishWaits                  int64
-	CaptureSeconds, PublishWaitSeconds                           float64
+	CaptureSeconds, PublishWaitSeconds, DelaySeconds             float64
 }
 
 // Architecture is what a worker must know of a job's model.
@@ -351,6 +349,7 @@ type Status struct {
 	Counts       Counts        `json:"counts"`
 	Architecture *Architecture `json:"architecture"` // null until the source was read
 	MemoryPlan   *kernels.Plan `json:"memory_plan"`  // null until the model is loaded
+	Publication  Publication   `json:"publication"`
 	LastError    *LastError    `json:"last_error"`
 }
 
@@ -361,10 +360,14 @@ func (j *Job) Status() Status {
 	d, c := j.asm.Depth(), j.asm.Counters()
 	s := Status{
 		ID: j.ID, Spec: j.spec, Created: j.created, Source: j.rec.Source, State: j.state, Step: j.rec.Step, PolicyStep: j.policyStep(),
-		Queue: Queue{Rollouts: d.Rollouts, Tokens: d.Tokens, GroupsComplete: d.GroupsComplete, GroupsOpen: d.GroupsOpen},
-		Counts: Counts{Batches: int64(j.spool.Last()), Rollouts: c.Rollouts, Duplicates: c.Duplicates, MissingPolicyStep: c.MissingPolicyStep,
-			GroupsTrained: c.GroupsTrained, GroupsIncomplete: c.GroupsIncomplete, GroupsRefused: c.GroupsDropped},
-		MemoryPlan: j.plan, LastError: j.rec.LastError,
+		Queue: Queue{Rollouts: d.Rollouts, Tokens: d.Tokens, Bytes: d.Bytes, GroupsComplete: d.GroupsComplete, GroupsOpen: d.GroupsOpen},
+		Counts: Counts{Batches: c.Batches, Rollouts: c.Rollouts, Duplicates: c.Duplicates, MissingPolicyStep: c.MissingPolicyStep,
+			GroupsTrained: c.GroupsTrained, GroupsIncomplete: c.GroupsIncomplete, GroupsRefused: c.GroupsDropped,
+			Stale: StaleCounts{Admitted: c.StaleAdmitted, Delayed: c.StaleDelayed, Rejected: c.GroupsDropped[rollout.ReasonPolicyLag]}},
+		MemoryPlan: j.plan, Publication: j.publication(), LastError: j.rec.LastError,
+	}
+	if j.returning {
+		s.State = Loading // its counts are not known again yet
 	}
 	if cfg := j.rec.Model; cfg.Vocab > 0 {
 		s.Architecture = &Architecture{Type: cfg.Type, Vocab: cfg.Vocab, MaxPositions: cfg.MaxPositions, MaxSequence: j.maxSequence(),

@@ -139,13 +139,7 @@ func NewManager(o Options) (*Manager, error) {
 	m.captures.limit = limits.MaxCaptureBytes
 	slices.SortFunc(found, func(a, b jobRecord) int { return a.Created.Compare(b.Created) })
 	for _, rec := range found {
-		j, err := m.newJob(rec)
-		if err != nil {
-			m.exec.Close()
-			db.close()
-			return nil, err
-		}
-		m.jobs[rec.ID] = j
+		m.jobs[rec.ID] = m.newJob(rec)
 	}
 	for _, j := range m.jobs {
 		m.start(j, nil, true)
@@ -219,13 +213,13 @@ func (m *Manager) Create(ctx context.Context, body []byte, key string) (job *Job
 		}
 		rec.Model, rec.DType = base.config(), base.dtype
 	}
-	job, err = m.newJob(rec)
-	if err != nil {
+	job = m.newJob(rec)
+	if err := job.openLog(); err != nil {
 		return nil, false, err
 	}
 	job.fed = true // its spool is empty
 	if err := m.db.createJob(rec, key, digest); err != nil {
-		job.spool.Close()
+		job.closeLog()
 		return nil, false, fault.New(fault.Unavailable, "records_unavailable", "record the job: %w", err)
 	}
 	m.mu.Lock()
@@ -233,7 +227,7 @@ func (m *Manager) Create(ctx context.Context, body []byte, key string) (job *Job
 		m.mu.Unlock()
 		kept = true // it is recorded: the next start runs it
 		base.close()
-		return nil, false, errors.Join(errClosed, job.spool.Close())
+		return nil, false, errors.Join(errClosed, job.closeLog())
 	}
 	m.jobs[rec.ID] = job
 	m.start(job, base, false)
@@ -413,7 +407,7 @@ func (m *Manager) Close(ctx context.Context) error {
 	}
 	m.exec.Close()
 	for _, j := range jobs {
-		err = errors.Join(err, j.spool.Close())
+		err = errors.Join(err, j.closeLog())
 	}
 	return errors.Join(err, m.db.close())
 }

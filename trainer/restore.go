@@ -23,31 +23,32 @@ import (
 const sweepAge = 6 * time.Hour
 
 // load brings the job's model to the device. A new job starts from its base; a
-// restored one from its newest snapshot, from which the recorded steps are replayed.
-func (j *Job) load(ctx context.Context, base *baseModel, restored bool) (snap *storage.Manifest, err error) {
+// restored one from its newest snapshot, from which the recorded steps are
+// replayed; its queue is then as the snapshot left it, nil before the first record.
+func (j *Job) load(ctx context.Context, base *baseModel, restored bool) (snap *storage.Manifest, queue *queueState, err error) {
 	defer crashpoint.Enter(crashpoint.Load)()
 	if base == nil {
 		if base, err = j.m.resolve(ctx, j.ID, j.rec.Source); err != nil {
-			return nil, err
+			return nil, nil, err
 		}
 	}
 	defer base.close()
 	if base.pull != nil {
 		j.m.log.Info("pulling the base model", "job", j.ID, "source", base.source)
 		if err := j.m.untilClosed(ctx, func(ctx context.Context) error { return base.pull(ctx, base.path) }); err != nil {
-			return nil, fmt.Errorf("pull model.source: %w", err)
+			return nil, nil, fmt.Errorf("pull model.source: %w", err)
 		}
 		base.pull = nil
 	}
 	if base.dir == nil {
 		if err := base.open(&j.spec); err != nil {
-			return nil, err
+			return nil, nil, err
 		}
 		if err := j.m.fit(ctx, j.ID, &j.spec, base); err != nil {
-			return nil, err
+			return nil, nil, err
 		}
 		if err := j.adopt(base); err != nil {
-			return nil, err
+			return nil, nil, err
 		}
 	}
 	if restored {
@@ -57,10 +58,13 @@ func (j *Job) load(ctx context.Context, base *baseModel, restored bool) (snap *s
 			j.m.log.Info("interrupted uploads swept", "job", j.ID, "prefixes", swept)
 		}
 		if snap, err = j.findSnapshot(ctx); err != nil {
-			return nil, err
+			return nil, nil, err
+		}
+		if queue, err = j.resume(ctx, snap); err != nil {
+			return nil, nil, err
 		}
 	}
-	return snap, j.place(ctx, base, snap)
+	return snap, queue, j.place(ctx, base, snap)
 }
 
 // begin opens the job for work once its model and its queue are as they were.
@@ -197,20 +201,25 @@ func (j *Job) restoreState(ctx context.Context, snap storage.Manifest) error {
 	return nil
 }
 
-// rebuild feeds the spool to the assembler and repeats the recorded steps in
-// between where they were taken: those up to the snapshot by name only, those
-// after it on the device. A final job's steps are all by name (snap is ignored).
-func (j *Job) rebuild(ctx context.Context, snap *storage.Manifest) error {
+// rebuild feeds the assembler what the spool has after the snapshot's queue (or
+// all of it), and repeats the recorded steps in between where they were taken:
+// those up to the snapshot by name only, those after it on the device. A final
+// job's steps are all by name.
+func (j *Job) rebuild(ctx context.Context, snap *storage.Manifest, queue *queueState) error {
 	defer crashpoint.Enter(crashpoint.Replay)()
-	replayFrom := int64(0)
+	steps := &stepReader{j: j}
 	if snap != nil {
-		replayFrom = snap.Step
+		steps.replayFrom = snap.Step
 	}
 	if j.State().Final() {
-		replayFrom = math.MaxInt64
+		steps.replayFrom = math.MaxInt64
 	}
-	steps := &stepReader{j: j, replayFrom: replayFrom}
-	err := j.spool.Read(1, func(r spool.Record) error {
+	from, read := uint64(1), 0
+	if queue != nil {
+		from, steps.done = queue.entered+1, queue.step
+	}
+	err := j.spool.Read(from, func(r spool.Record) error {
+		read++
 		if err := ctx.Err(); err != nil {
 			return err
 		}
@@ -235,9 +244,7 @@ func (j *Job) rebuild(ctx context.Context, snap *storage.Manifest) error {
 	if j.state.Final() {
 		j.dropQueue("job_" + string(j.state))
 	}
-	if steps.replayed > 0 {
-		j.m.log.Info("steps replayed", "job", j.ID, "steps", steps.replayed, "step", j.rec.Step)
-	}
+	j.m.log.Info("log read", "job", j.ID, "from", from, "records", read, "steps_replayed", steps.replayed, "step", j.rec.Step)
 	return nil
 }
 

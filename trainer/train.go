@@ -23,21 +23,22 @@ const (
 // run is the job's goroutine: it loads the model, then trains until the job is
 // final, the manager closes, or ctx ends.
 func (j *Job) run(ctx context.Context, base *baseModel, restored bool) {
+	defer j.retire()
 	defer close(j.ended)
 	if j.State().Final() {
-		j.recall(ctx)
 		return
 	}
 	var snap *storage.Manifest
+	var queue *queueState
 	err := j.patiently(ctx, func() (err error) {
-		if snap, err = j.load(ctx, base, restored); err != nil && restored && ctx.Err() == nil {
+		if snap, queue, err = j.load(ctx, base, restored); err != nil && restored && ctx.Err() == nil {
 			// It could be loaded once: what is missing now may come back.
 			err = &fault.Error{Kind: fault.Unavailable, Code: "restore_failed", Msg: "load the job again", Err: err}
 		}
 		return err
 	})
 	if err == nil && restored {
-		err = j.rebuild(ctx, snap)
+		err = j.rebuild(ctx, snap, queue)
 	}
 	if err == nil {
 		j.begin()
@@ -55,18 +56,6 @@ func (j *Job) run(ctx context.Context, base *baseModel, restored bool) {
 	}
 	j.m.exec.Rest(j.ID)
 	j.awaitFlight(context.WithoutCancel(ctx)) // it ends when the store takes it, by kill or by Close
-}
-
-// recall reads what an ended job left behind, so that its batches and
-// checkpoints can still be asked for. Its model stays off the device.
-func (j *Job) recall(ctx context.Context) {
-	_, err := j.findSnapshot(ctx)
-	if err == nil {
-		err = j.rebuild(ctx, nil)
-	}
-	if err != nil && ctx.Err() == nil {
-		j.m.log.Error("read what an ended job left", "job", j.ID, "err", err)
-	}
 }
 
 // patiently repeats what fails because a dependency is unavailable, with growing
@@ -93,8 +82,9 @@ func (j *Job) patiently(ctx context.Context, do func() error) error {
 type action uint8
 
 const (
-	actWait action = iota
-	actHold        // there is work to do, and it has to wait for the publication under way
+	actWait  action = iota
+	actHold         // there is work to do, and it has to wait for the publication under way
+	actDelay        // there are groups to take, and open ones that the step would make too stale
 	actStop
 	actPublish
 	actFinish
@@ -107,7 +97,7 @@ const (
 // more is false when the manager closes.
 func (j *Job) advance(ctx context.Context) (more bool, err error) {
 	act, alarm := j.decide()
-	j.hold(act == actHold)
+	j.hold(act, time.Now())
 	switch act {
 	case actStop:
 		return false, j.preserve(ctx)
@@ -180,6 +170,10 @@ func (j *Job) decide() (act action, alarm time.Time) {
 		if held {
 			return actHold, alarm
 		}
+		if ids := j.asm.Awaited(j.rec.Step); len(ids) > 0 {
+			j.holds.await(ids)
+			return actDelay, alarm
+		}
 		return actTake, alarm
 	}
 	j.flush = false
@@ -191,23 +185,7 @@ func (j *Job) decide() (act action, alarm time.Time) {
 // published policy already refused as stale. Called with mu held.
 func (j *Job) ahead() bool {
 	lag := j.spec.Batch.MaxPolicyLag
-	return lag >= 0 && j.rec.Step-max(j.policyStep(), 0) > lag
-}
-
-// hold counts the time that training waits for the publication under way.
-func (j *Job) hold(on bool) {
-	if on == !j.held.IsZero() {
-		return
-	}
-	if on {
-		j.held = time.Now()
-		return
-	}
-	j.mu.Lock()
-	defer j.mu.Unlock()
-	j.counts.PublishWaits++
-	j.counts.PublishWaitSeconds += time.Since(j.held).Seconds()
-	j.held = time.Time{}
+	return lag >= 0 && j.spec.Batch.Stale != rollout.StaleAdmit && j.rec.Step-max(j.policyStep(), 0) > lag
 }
 
 // lastStepDone says that nothing is left to do but to publish. Called with mu held.
@@ -223,7 +201,10 @@ func (j *Job) take() {
 		j.m.log.Warn("stale groups refused", "job", j.ID, "groups", len(stale), "step", j.rec.Step)
 	}
 	if len(groups) > 0 {
-		j.training = newConsumption(groups, j.rec.Step, j.spool.Last())
+		j.training = newConsumption(groups, j.rec.Step, j.entered)
+		j.training.delayed = j.holds.settle()
+		j.asm.Delayed(j.training.delayed)
+		j.drain.took(time.Now(), j.training.load())
 	}
 }
 
@@ -281,7 +262,7 @@ func (j *Job) compute(ctx context.Context, c *consumption) (StepRecord, error) {
 	j.weights++
 	last := done || j.spec.MaxSteps > 0 && j.weights >= j.spec.MaxSteps
 	return StepRecord{Step: j.weights, Time: time.Now().UTC(), First: c.first, Last: last, Groups: c.ids, Batches: c.batches,
-		LogSeq: c.logSeq, WallClock: time.Since(began).Seconds(), Metrics: Metrics(metrics)}, nil
+		LogSeq: c.logSeq, Delayed: c.delayed, WallClock: time.Since(began).Seconds(), Metrics: Metrics(metrics)}, nil
 }
 
 // record makes a step that is done durable, and then visible.
@@ -313,6 +294,7 @@ func (j *Job) settle(rec StepRecord) error {
 		return nil
 	}
 	j.training = nil
+	j.drain.done(time.Now())
 	return j.asm.Mark(rec.Groups, rollout.State{Status: rollout.Trained, Step: rec.Step})
 }
 

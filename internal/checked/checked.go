@@ -33,7 +33,7 @@ func NewWriter(w io.Writer, magic string, version uint32) *Writer {
 	if len(magic) != magicSize {
 		panic("checked: magic is not of 8 bytes")
 	}
-	e := &Writer{out: bufio.NewWriterSize(w, 1<<16), sum: crc32.New(castagnoli)}
+	e := &Writer{out: bufio.NewWriterSize(w, 1<<14), sum: crc32.New(castagnoli)}
 	e.Raw([]byte(magic))
 	e.Uint32(version)
 	return e
@@ -137,7 +137,7 @@ type Reader struct {
 
 // NewReader reads magic and version, which may be from 1 to newest.
 func NewReader(r io.Reader, magic string, newest uint32) (d *Reader, version uint32, err error) {
-	d = &Reader{in: bufio.NewReaderSize(r, 1<<16), sum: crc32.New(castagnoli)}
+	d = &Reader{in: bufio.NewReaderSize(r, 1<<14), sum: crc32.New(castagnoli)}
 	got := string(d.bytes(magicSize))
 	if d.err == nil && got != magic {
 		d.Fail("it begins with %q, expected %q", got, magic)
