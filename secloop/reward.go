@@ -83,11 +83,11 @@ func Score(ctx context.Context, field Battlefield, judge Judge, a Alert, complet
 type Rater func(ctx context.Context, a Alert, s Strategy) (float64, error)
 
 // ScoreBy is Score with a judge that may fail. It returns what the field said
-// besides; the zero Feedback for a completion that is no strategy.
+// besides; a completion that is no strategy never meets the attack, and stops nothing.
 func ScoreBy(ctx context.Context, field Battlefield, rate Rater, a Alert, completion string) (Reward, Feedback, error) {
 	s, err := ParseStrategy(completion)
 	if err != nil {
-		return Reward{Penalty: 1}, Feedback{Errors: []string{err.Error()}}, nil
+		return Reward{Penalty: 1}, Feedback{Attacked: 1, Service: true, Errors: []string{err.Error()}}, nil
 	}
 	f, err := field.Run(ctx, a, s)
 	if err != nil {

@@ -10,6 +10,8 @@ import (
 	"syscall"
 
 	"github.com/spf13/cobra"
+
+	"trainerd/secloop/field"
 )
 
 // version is set by the linker (-X main.version=...).
@@ -44,11 +46,12 @@ func newRoot() *cobra.Command {
 		SilenceErrors: true,
 	}
 	root.PersistentFlags().Bool("json", false, "log JSON lines to stderr instead of text and progress bars")
-	root.AddCommand(newServe(), newImport(), newInit(), newInspect(), newPull(), newDemo(), newBench(), newToken())
+	root.AddCommand(newServe(), newImport(), newInit(), newInspect(), newPull(), newDemo(), newBench(), newToken(), newSecloop())
 	return root
 }
 
 func main() {
+	field.Main() // a battle-field starts this executable again for its workers
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	go func() {
 		<-ctx.Done()

@@ -50,6 +50,7 @@ var rules = []rule{
 	{dir: "secloop/red", may: []string{"secloop/scenario"}},
 	{dir: "secloop/sim", may: []string{"secloop"}},
 	{dir: "secloop/field", may: []string{"secloop"}, uses: []string{"github.com/vishvananda", "github.com/google/nftables"}},
+	{dir: "secloop/loop", may: []string{"secloop", "client", "rollout", "model/tokenizer"}},
 	{dir: "parity", may: []string{"sagrpo", "model", "rollout", "kernels"}, uses: []string{"gorgonia.org/tensor"}},
 	{dir: "bench", may: []string{"sagrpo", "model", "rollout", "storage", "kernels", "trainer", "server", "client"}, uses: []string{"gorgonia.org/tensor"}},
 	{dir: "cmd/trainerd", may: []string{"bench", "client", "internal", "kernels", "model", "rollout", "sagrpo", "secloop", "server", "storage", "trainer"}, uses: []string{"gorgonia.org/tensor"}},
