@@ -63,7 +63,11 @@ type Model struct {
 	owned  []kernels.Buffer // what Close frees
 	steps  int64
 	fresh  bool  // the next ForwardBackward overwrites the gradients
-	broken error // a half-loaded state: every later call returns it
+	broken error // a half-loaded state, or no device memory: every later call returns it
+
+	scratch int64    // capacity of the arena
+	peak    int64    // of arenas before this one
+	host    *evicted // the state while it is off the device
 }
 
 // Load puts a source's weights on the device. It plans first: a model that does
@@ -146,6 +150,7 @@ func (m *Model) fill(ctx context.Context, src Source, arena int64) error {
 		return err
 	}
 	var err error
+	m.scratch = arena
 	if m.arena, err = m.dev.NewArena(arena); err != nil {
 		return fmt.Errorf("allocate scratch: %w", err)
 	}
@@ -236,13 +241,21 @@ func (m *Model) Device() kernels.Device { return m.dev }
 func (m *Model) Plan() kernels.Plan { return m.plan }
 
 // ScratchPeak returns the greatest use of scratch memory so far, in bytes.
-func (m *Model) ScratchPeak() int64 { return m.arena.Peak() }
+func (m *Model) ScratchPeak() int64 {
+	if m.arena == nil {
+		return m.peak
+	}
+	return max(m.peak, m.arena.Peak())
+}
 
 // Steps returns how many optimizer steps the moments have seen.
 func (m *Model) Steps() int64 { return m.steps }
 
 // Close frees the model's device memory. Closing twice is harmless.
 func (m *Model) Close() error {
+	if m.host != nil {
+		m.host, m.broken = nil, fault.New(fault.Unavailable, "model_closed", "the model is closed")
+	}
 	if m.owned == nil {
 		return nil
 	}

@@ -1,6 +1,7 @@
 package cpu
 
 import (
+	"errors"
 	"fmt"
 	"math"
 	"runtime"
@@ -22,25 +23,44 @@ type device struct {
 	model   string
 	rope    map[ropeKey]*ropeTable
 	partial []float32 // partial sums of the reductions over rows, see reduceRows
+
+	limit, used int64 // bytes of allocations: at most, 0 for no limit of its own; now
 }
+
+// Option changes what New returns.
+type Option func(*device)
+
+// Memory limits what the device may allocate to a number of bytes, within what
+// the host has; 0: no limit. Allocations beyond it fail as on a card that is full.
+func Memory(bytes int64) Option { return func(d *device) { d.limit = bytes } }
 
 // New returns a CPU device with the given number of workers; 0 means all cores.
 // The results do not depend on the number.
-func New(workers int) (kernels.Device, error) {
+func New(workers int, options ...Option) (kernels.Device, error) {
 	if workers < 0 {
 		return nil, fmt.Errorf("open cpu device: %d workers, expected 0 (all cores) or more", workers)
 	}
 	if workers == 0 {
 		workers = runtime.GOMAXPROCS(0)
 	}
-	return &device{
+	d := &device{
 		pool: simd.NewPool(workers), workers: make([]worker, workers),
 		model: processorName(), rope: map[ropeKey]*ropeTable{},
-	}, nil
+	}
+	for _, o := range options {
+		o(d)
+	}
+	if d.limit < 0 {
+		return nil, errors.Join(fmt.Errorf("open cpu device: a memory limit of %d bytes, expected 0 (none) or more", d.limit), d.Close())
+	}
+	return d, nil
 }
 
 func (d *device) Info() kernels.Info {
 	total, free := hostMemory()
+	if d.limit > 0 {
+		total, free = min(total, d.limit), min(free, d.limit-d.used)
+	}
 	return kernels.Info{
 		Name: "cpu", Model: d.model, Compute: kernels.F32, GradType: kernels.F32,
 		Workers: len(d.workers), MemTotal: total, MemFree: free, Alignment: alignment,

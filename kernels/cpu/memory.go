@@ -59,7 +59,7 @@ func view(t kernels.DType, n int, raw []byte) *buffer {
 func (d *device) Alloc(purpose string, t kernels.DType, n int) (kernels.Buffer, error) {
 	must(n >= 0, "alloc", "%d elements for %s", n, purpose)
 	bytes := kernels.Round(int64(n)*int64(t.Size()), alignment)
-	s, err := takeSlab(purpose, bytes)
+	s, err := d.take(purpose, bytes)
 	if err != nil {
 		return nil, err
 	}
@@ -77,9 +77,26 @@ func (d *device) Free(b kernels.Buffer) {
 	c := b.(*buffer)
 	must(c.slab != nil || c.Len() == 0, "free", "buffer of %d %v is a slice, or was freed before", c.Len(), c.t)
 	if c.slab != nil {
-		c.slab.free()
+		d.give(c.slab)
 	}
 	*c = buffer{t: c.t}
+}
+
+// take is takeSlab within the device's own limit.
+func (d *device) take(purpose string, bytes int64) (*slab, error) {
+	if d.limit > 0 && bytes > d.limit-d.used {
+		return nil, fault.New(fault.TooLarge, "out_of_memory", "allocate %s: %d bytes wanted, %d of the device's %d free", purpose, bytes, d.limit-d.used, d.limit)
+	}
+	s, err := takeSlab(purpose, bytes)
+	if err == nil {
+		d.used += int64(len(s.bytes))
+	}
+	return s, err
+}
+
+func (d *device) give(s *slab) {
+	d.used -= int64(len(s.bytes))
+	s.free()
 }
 
 // slab is memory aligned to 64 bytes; raw is the mapping it lies in, nil when
@@ -121,7 +138,7 @@ type arena struct {
 
 func (d *device) NewArena(capacity int64) (kernels.Arena, error) {
 	must(capacity >= 0, "new arena", "capacity %d", capacity)
-	s, err := takeSlab("scratch", capacity)
+	s, err := d.take("scratch", capacity)
 	if err != nil {
 		return nil, err
 	}
@@ -131,7 +148,7 @@ func (d *device) NewArena(capacity int64) (kernels.Arena, error) {
 func (d *device) FreeArena(a kernels.Arena) {
 	c := a.(*arena)
 	must(c.slab != nil, "free arena", "it was freed before")
-	c.slab.free()
+	d.give(c.slab)
 	*c = arena{}
 }
 

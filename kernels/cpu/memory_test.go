@@ -221,3 +221,35 @@ func write(t *testing.T, files map[string]string) string {
 	}
 	return dir
 }
+
+// TestMemoryLimit: a limited device is full when its limit is reached, and what
+// is freed can be taken again.
+func TestMemoryLimit(t *testing.T) {
+	dev, err := New(1, Memory(1024))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer dev.Close()
+	a, err := dev.NewArena(512)
+	if err != nil {
+		t.Fatal(err)
+	}
+	b, err := dev.Alloc("weights", kernels.F32, 100) // 448 bytes
+	if err != nil {
+		t.Fatal(err)
+	}
+	if i := dev.Info(); i.MemTotal != 1024 || i.MemFree != 64 {
+		t.Errorf("%d of %d free, expected 64 of 1024", i.MemFree, i.MemTotal)
+	}
+	if _, err := dev.Alloc("weights", kernels.F32, 17); fault.KindOf(err) != fault.TooLarge {
+		t.Errorf("128 bytes of 64 give %v", err)
+	}
+	dev.Free(b)
+	dev.FreeArena(a)
+	if free := dev.Info().MemFree; free != 1024 {
+		t.Errorf("%d free after everything was freed", free)
+	}
+	if _, err := New(1, Memory(-1)); err == nil {
+		t.Error("a negative limit is taken")
+	}
+}
