@@ -25,6 +25,7 @@ type Job struct {
 	Queue        Queue         `json:"queue"`
 	Counts       Counts        `json:"counts"`
 	Architecture *Architecture `json:"architecture"` // nil until the server has read the model
+	Publication  Publication   `json:"publication"`
 	LastError    *JobError     `json:"last_error"`
 	Document     json.RawMessage
 }
@@ -33,6 +34,7 @@ type Job struct {
 type Queue struct {
 	Rollouts       int   `json:"rollouts"`
 	Tokens         int64 `json:"tokens"`
+	Bytes          int64 `json:"bytes"`
 	GroupsComplete int   `json:"groups_complete"`
 	GroupsOpen     int   `json:"groups_open"`
 }
@@ -46,6 +48,26 @@ type Counts struct {
 	GroupsTrained     int64            `json:"groups_trained"`
 	GroupsIncomplete  int64            `json:"groups_incomplete"`
 	GroupsRefused     map[string]int64 `json:"groups_refused"`
+	Stale             StaleCounts      `json:"stale"`
+}
+
+// StaleCounts are the groups that lagged too far, or would have, by what was done.
+type StaleCounts struct {
+	Admitted int64 `json:"admitted"`
+	Delayed  int64 `json:"delayed"`
+	Rejected int64 `json:"rejected"`
+}
+
+// Publication is how checkpoints get to the store.
+type Publication struct {
+	Step           *int64  `json:"step"` // under way, nil when none is
+	HostBytes      int64   `json:"host_bytes"`
+	Holds          string  `json:"holds"` // why training waited while the newest was written
+	Synchronous    int64   `json:"synchronous"`
+	Waits          int64   `json:"waits"`
+	WaitSeconds    float64 `json:"wait_seconds"`
+	CaptureSeconds float64 `json:"capture_seconds"`
+	Retries        int64   `json:"retries"`
 }
 
 // Architecture is what a worker must know of a job's model.

@@ -10,8 +10,10 @@ import (
 )
 
 // pair is a group of two rows of one policy step; half is its first row only.
-func pair(id string, step int64) []Rollout { return []Rollout{at(row(id, 1), step), at(row(id, 2), step)} }
-func half(id string, step int64) Rollout   { return at(row(id, 1), step) }
+func pair(id string, step int64) []Rollout {
+	return []Rollout{at(row(id, 1), step), at(row(id, 2), step)}
+}
+func half(id string, step int64) Rollout { return at(row(id, 1), step) }
 
 func TestAdmittedStaleGroupsAreCounted(t *testing.T) {
 	a := NewAssembler(AssemblerOptions{GroupSize: 2, MaxPolicyLag: 2, Stale: StaleAdmit})

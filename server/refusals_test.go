@@ -482,7 +482,7 @@ func TestIdempotencyAndFullQueue(t *testing.T) {
 		t.Error("429 without Retry-After")
 	}
 	_, p = exchange(t, http.MethodPost, url, encode(t, servertest.Batch("c", 5, n, 0, 3), ""), arrowHeader)
-	p.want(t, 413, "batch_too_large", "body", -1)
+	p.want(t, 413, "batch_too_large", "limits.max_queued_rollouts", -1)
 	j, err := c.Job(ctx, id)
 	if err != nil || j.Counts.Batches != 2 || j.Queue.Rollouts != 4*n {
 		t.Errorf("%+v %+v, %v", j.Counts, j.Queue, err)

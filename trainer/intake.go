@@ -183,26 +183,10 @@ func (j *Job) check(ctx context.Context, b *rollout.Batch, digest string) (meta 
 	if err := j.asm.Check(b); err != nil {
 		return rolloutMeta{}, err
 	}
-	if err := j.room(b); err != nil {
+	if err := j.room(b, time.Now()); err != nil {
 		return rolloutMeta{}, err
 	}
 	return rolloutMeta{Digest: digest, Received: b.Received, PolicyStep: j.policyStep(), Step: j.rec.Step}, nil
-}
-
-// room refuses a batch that the queue has no room for now. Called with mu held.
-func (j *Job) room(b *rollout.Batch) error {
-	d, l := j.asm.Depth(), j.spec.Limits.queueLimits(j.m.limits)
-	rows, tokens := len(b.Rollouts), b.Tokens()
-	if rows > l.MaxQueuedRollouts || tokens > l.MaxQueuedTokens {
-		return &fault.Error{Kind: fault.TooLarge, Code: "batch_too_large", Msg: "the batch alone is over the queue's limit", Fields: []fault.Field{
-			{Name: "body", Row: -1, Got: fmt.Sprintf("%d rows, %d tokens", rows, tokens), Expected: fmt.Sprintf("at most %d rows and %d tokens", l.MaxQueuedRollouts, l.MaxQueuedTokens)}}}
-	}
-	if d.Rollouts+rows <= l.MaxQueuedRollouts && d.Tokens+tokens <= l.MaxQueuedTokens {
-		return nil
-	}
-	wait := min(max(j.stepTime, time.Second), time.Minute)
-	return &fault.Error{Kind: fault.Busy, Code: "queue_full", RetryAfter: wait,
-		Msg: fmt.Sprintf("the queue holds %d rollouts and %d tokens of at most %d and %d", d.Rollouts, d.Tokens, l.MaxQueuedRollouts, l.MaxQueuedTokens)}
 }
 
 // enter adds a batch that is in the spool. Called with mu held.

@@ -56,8 +56,8 @@ type Job struct {
 
 	nodes nodes // inference nodes that report; has its own lock
 
-	holds hold // what keeps a step from starting although there is work; guarded by mu
-	drain drain
+	stalled stall // what keeps a step from starting although there is work; guarded by mu
+	drain   drain
 
 	loaded atomic.Bool // model is not nil
 

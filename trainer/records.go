@@ -128,12 +128,13 @@ func (m *Metrics) UnmarshalJSON(raw []byte) error {
 type StepRecord struct {
 	Step      int64     `json:"step"` // steps done after it
 	Time      time.Time `json:"time"`
-	First     int64     `json:"first"`     // the first step on the same groups; differs from Step with iterations > 1
-	Last      bool      `json:"last"`      // the groups are done with
-	Groups    []string  `json:"groups"`    // in the order trained
-	Batches   []uint64  `json:"batches"`   // whose rows completed them
-	LogSeq    uint64    `json:"log_seq"`   // newest spool record when the groups were taken
-	WallClock float64   `json:"wall_time"` // seconds
+	First     int64     `json:"first"`             // the first step on the same groups; differs from Step with iterations > 1
+	Last      bool      `json:"last"`              // the groups are done with
+	Groups    []string  `json:"groups"`            // in the order trained
+	Batches   []uint64  `json:"batches"`           // whose rows completed them
+	LogSeq    uint64    `json:"log_seq"`           // newest spool record when the groups were taken
+	Delayed   int64     `json:"delayed,omitempty"` // open groups that the step was put off for
+	WallClock float64   `json:"wall_time"`         // seconds
 	Metrics   Metrics   `json:"metrics"`
 }
 

@@ -291,6 +291,7 @@ func (s *stepReader) repeat(ctx context.Context, rec StepRecord) error {
 			return fault.New(fault.Internal, "replay_differs", "took groups %q, the record says %q", c.ids, rec.Groups)
 		}
 		j.training = c
+		j.asm.Delayed(rec.Delayed)
 	}
 	c := j.training
 	j.mu.Unlock()

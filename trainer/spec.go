@@ -6,6 +6,7 @@ import (
 	"time"
 
 	"trainerd/internal/fault"
+	"trainerd/rollout"
 	"trainerd/sagrpo"
 	"trainerd/storage"
 )
@@ -40,6 +41,7 @@ type BatchSpec struct {
 	GroupsPerStep  int64  `json:"groups_per_step"`
 	MaxTokens      int64  `json:"max_tokens_per_micro_batch"`
 	MaxPolicyLag   int64  `json:"max_policy_lag"`      // steps; -1: no limit
+	Stale          string `json:"stale"`               // reject, delay steps for, or admit groups that lag by more
 	MissingStep    string `json:"missing_policy_step"` // accept or refuse rows that do not say which step sampled them
 	GroupTimeout   string `json:"group_timeout"`       // Go duration ("90s"), "0s": open groups wait for ever
 	IncompleteWhat string `json:"incomplete"`          // drop or train what a timed-out group has
@@ -138,7 +140,7 @@ func ParseSpec(raw []byte) (Spec, error) {
 	}
 	s := Spec{
 		Version:    1,
-		Batch:      BatchSpec{GroupsPerStep: 4, MaxTokens: 16384, MaxPolicyLag: 4, MissingStep: "accept", GroupTimeout: "0s", IncompleteWhat: "drop", Recompute: "cheap"},
+		Batch:      BatchSpec{GroupsPerStep: 4, MaxTokens: 16384, MaxPolicyLag: 4, Stale: rollout.StaleReject, MissingStep: "accept", GroupTimeout: "0s", IncompleteWhat: "drop", Recompute: "cheap"},
 		Checkpoint: CheckpointSpec{PublishEverySteps: 1, SnapshotEverySteps: 10, KeepLast: 3, KeepEvery: 100, DType: "source"},
 		Sampling:   SamplingSpec{MaxSequences: 32, MaxTokens: 8192},
 		Priority:   defaultPriority,
@@ -193,6 +195,7 @@ func (b *BatchSpec) parse(o *object) {
 		b.MaxPolicyLag = -1
 	}
 	o.integer("max_policy_lag", &b.MaxPolicyLag, -1, maxSteps)
+	o.oneOf("stale", &b.Stale, rollout.StaleReject, rollout.StaleDelay, rollout.StaleAdmit)
 	o.oneOf("missing_policy_step", &b.MissingStep, "accept", "refuse")
 	o.text("group_timeout", &b.GroupTimeout)
 	if d, err := time.ParseDuration(b.GroupTimeout); err != nil || d < 0 {
@@ -262,12 +265,18 @@ func (l *LimitsSpec) queueLimits(server Limits) Limits {
 // combinations refuses settings that are each in range and make no sense together.
 func (s *Spec) combinations(f *faults) {
 	b, c := s.Batch, s.Checkpoint
-	if b.MaxPolicyLag >= 0 && c.PublishEverySteps > b.MaxPolicyLag {
+	if b.MaxPolicyLag >= 0 && b.Stale != rollout.StaleAdmit && c.PublishEverySteps > b.MaxPolicyLag {
 		f.add("checkpoint.publish_every_steps", c.PublishEverySteps,
 			"at most batch.max_policy_lag ("+strconv.FormatInt(b.MaxPolicyLag, 10)+"): rollouts of the newest published policy would be refused as stale")
 	}
 	if b.IncompleteWhat == "train" && b.Timeout() == 0 {
 		f.add("batch.incomplete", "train", "a batch.group_timeout above 0s: without one no group is ever settled incomplete")
+	}
+	if b.Stale != rollout.StaleReject && b.MaxPolicyLag < 0 {
+		f.add("batch.stale", b.Stale, rollout.StaleReject+" without batch.max_policy_lag: nothing is ever too stale")
+	}
+	if b.Stale == rollout.StaleDelay && b.Timeout() == 0 {
+		f.add("batch.stale", b.Stale, "a batch.group_timeout above 0s with delay: without one a step might wait for ever")
 	}
 	if s.Objective.Name == "cross_entropy" && b.Timeout() > 0 {
 		f.add("batch.group_timeout", b.GroupTimeout, "none with cross_entropy: its groups are one row and never wait")

@@ -171,7 +171,7 @@ func (j *Job) decide() (act action, alarm time.Time) {
 			return actHold, alarm
 		}
 		if ids := j.asm.Awaited(j.rec.Step); len(ids) > 0 {
-			j.holds.await(ids)
+			j.stalled.await(ids)
 			return actDelay, alarm
 		}
 		return actTake, alarm
@@ -202,7 +202,7 @@ func (j *Job) take() {
 	}
 	if len(groups) > 0 {
 		j.training = newConsumption(groups, j.rec.Step, j.entered)
-		j.training.delayed = j.holds.settle()
+		j.training.delayed = j.stalled.settle()
 		j.asm.Delayed(j.training.delayed)
 		j.drain.took(time.Now(), j.training.load())
 	}
