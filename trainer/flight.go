@@ -158,12 +158,14 @@ func (j *Job) takeOff(f *flight, snapshot bool) (ok bool, err error) {
 	if !ok {
 		return false, nil
 	}
+	defer crashpoint.Enter(crashpoint.Publish)()
 	c, err := j.capture(f.ctx, snapshot)
 	if err != nil {
 		j.m.captures.give(n)
 		return false, publishFault(f.step, err)
 	}
 	f.content = c
+	crashpoint.Reach("checkpoint.captured")
 	took := time.Since(f.began)
 	j.mu.Lock()
 	f.bytes = n

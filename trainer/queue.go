@@ -241,6 +241,7 @@ func (q *queueState) release(j *Job) {
 	if q == nil {
 		return
 	}
+	defer crashpoint.Enter(crashpoint.Retain)()
 	upTo := q.entered
 	if crashpoint.Off("queue.bound") {
 		upTo = j.spool.Last()

@@ -207,6 +207,7 @@ func put(b *bbolt.Bucket, key []byte, v any) error {
 
 // createJob writes a new job and, with a key, what the key was used for.
 func (r *records) createJob(j jobRecord, key, digest string) error {
+	defer crashpoint.Enter(crashpoint.Record)()
 	defer crashpoint.Reach("job.recorded")
 	crashpoint.Reach("job.before_record")
 	return r.update(func(tx *bbolt.Tx) error {

@@ -247,6 +247,12 @@ func (j *Job) step(ctx context.Context) (err error) {
 // compute does one optimizer step on the device.
 func (j *Job) compute(ctx context.Context, c *consumption) (StepRecord, error) {
 	defer crashpoint.Enter(crashpoint.Step)()
+	j.mu.Lock()
+	flying := j.flight != nil
+	j.mu.Unlock()
+	if flying {
+		crashpoint.Reach("step.publishing")
+	}
 	began := time.Now()
 	if c.run == nil {
 		run, err := j.engine.Consume(ctx, c.groups, j.weights)

@@ -19,8 +19,8 @@ const (
 	Append  Phase = iota // a record is going to the spool
 	Record               // a job or step record is going to the database
 	Commit               // a manifest or latest.json is being written
-	Publish              // the files of a checkpoint are being written
-	Retain               // old checkpoints are being deleted
+	Publish              // a checkpoint is captured or its files are being written
+	Retain               // old checkpoints or log segments are being deleted
 	Step                 // an optimizer step is on the device
 	Replay               // the log is read and steps are repeated after a start
 	Load                 // the model and its snapshot are read

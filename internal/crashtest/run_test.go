@@ -12,6 +12,7 @@ import (
 	"math/rand/v2"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -30,7 +31,7 @@ import (
 
 // Shape of a run: batches of two groups, each a step, and one group that stays open.
 const (
-	batches   = 20
+	batches   = 12
 	groupSize = 4
 	lag       = 4
 )
@@ -42,12 +43,22 @@ type variant struct {
 	dtype      string
 	checkpoint map[string]any
 	limited    bool // by max_policy_lag, so that some groups are refused
+	ends       bool // by max_steps, with the open group in the first batch
 }
 
+// Places in variants.
+const (
+	f32 = iota
+	bf16
+	lagging
+	ending
+)
+
 var variants = []variant{
-	{"f32", 1, "F32", map[string]any{"snapshot_every_steps": 3, "keep_last": 2}, false},
-	{"bf16-iterations", 2, "BF16", map[string]any{"snapshot_every_steps": 5, "keep_last": 4}, false},
-	{"lag-replay", 1, "F32", map[string]any{"snapshot_every_steps": 0, "publish_every_steps": 2, "keep_last": 3}, true},
+	f32:     {"f32", 1, "F32", map[string]any{"snapshot_every_steps": 2, "keep_last": 2}, false, false},
+	bf16:    {"bf16-iterations", 2, "BF16", map[string]any{"snapshot_every_steps": 5, "keep_last": 4}, false, false},
+	lagging: {"lag-replay", 1, "F32", map[string]any{"snapshot_every_steps": 0, "publish_every_steps": 2, "keep_last": 3}, true, false},
+	ending:  {"ending", 1, "F32", map[string]any{"snapshot_every_steps": 3, "keep_last": 2}, false, true},
 }
 
 func (v variant) document(modelDir string, reference bool) map[string]any {
@@ -62,8 +73,12 @@ func (v variant) document(modelDir string, reference bool) map[string]any {
 	if v.limited {
 		most = lag
 	}
+	steps := 0
+	if v.ends {
+		steps = batches - 1
+	}
 	return map[string]any{
-		"name": v.name, "model": map[string]any{"source": "dir:" + modelDir},
+		"name": v.name, "max_steps": steps, "model": map[string]any{"source": "dir:" + modelDir},
 		"objective":  map[string]any{"name": "sa_grpo", "group_size": groupSize, "iterations": v.iterations, "beta": 0.05},
 		"optimizer":  map[string]any{"lr": 1e-2},
 		"batch":      map[string]any{"groups_per_step": 2, "max_tokens_per_micro_batch": 64, "max_policy_lag": most},
@@ -81,7 +96,7 @@ func (v variant) rollouts() [][]byte {
 			step = 0 // too old for the later steps
 		}
 		b := servertest.Batch(fmt.Sprintf("b%02d", i), 2, groupSize, int64(step), i)
-		if i == batches-1 {
+		if last := i == batches-1; last != v.ends && (last || i == 0) {
 			b.Rollouts = b.Rollouts[:groupSize+1] // of the second group one row only
 		}
 		var body bytes.Buffer
@@ -104,6 +119,14 @@ type outcome struct {
 	Batches  []client.BatchStatus
 	Final    map[string]string // digests of the last checkpoint's files: weights, moments, all
 	policies map[int64]string  // digest of hf/ by step; of the reference only
+}
+
+// same compares what two runs came to.
+func same(want, got outcome) error {
+	if d := cmp.Diff(want, got, cmp.AllowUnexported(step{}), cmp.FilterPath(func(p cmp.Path) bool { return p.String() == "policies" }, cmp.Ignore())); d != "" {
+		return fmt.Errorf("it ended otherwise (-undisturbed +killed):\n%s", d)
+	}
+	return nil
 }
 
 type step struct {
@@ -151,6 +174,7 @@ type tally struct {
 	lost   int
 	pulls  int
 	deaths int
+	runs   int // that came to their end
 }
 
 func (t *tally) add(s strike, d death) {
@@ -170,7 +194,7 @@ func (r run) do(t *tally, dir string) (out outcome, err error) {
 		return out, err
 	}
 	cfg := serverConfig{Root: filepath.Join(dir, "root"), Listen: addr, SegmentBytes: 2500, QueuedRows: 6 * groupSize}
-	w := &witness{ref: r.ref, url: "http://" + addr, store: filepath.Join(cfg.Root, "store"), scratch: filepath.Join(dir, "pulled")}
+	w := &witness{ref: r.ref, url: "http://" + addr, store: filepath.Join(cfg.Root, "store"), data: filepath.Join(cfg.Root, "data"), scratch: filepath.Join(dir, "pulled")}
 	shadow := crashpoint.OpenShadow(filepath.Join(dir, "shadow"))
 	if err := errors.Join(os.MkdirAll(cfg.Root, 0o755), os.MkdirAll(w.scratch, 0o755)); err != nil {
 		return out, err
@@ -200,7 +224,7 @@ func (r run) do(t *tally, dir string) (out outcome, err error) {
 	})
 
 	for i, s := range r.strikes {
-		if r.ref != nil && w.reached() >= r.ref.Step {
+		if r.done(w) {
 			break // nothing is left to disturb
 		}
 		at := ""
@@ -214,11 +238,7 @@ func (r run) do(t *tally, dir string) (out outcome, err error) {
 		if !s.early {
 			p.working()
 		}
-		select {
-		case <-p.ended:
-		case <-time.After(s.after):
-		case <-ctx.Done():
-		}
+		r.await(ctx, w, p, s)
 		d, err := p.kill()
 		if err != nil {
 			return out, fmt.Errorf("life %d: %w", i, err)
@@ -245,21 +265,67 @@ func (r run) do(t *tally, dir string) (out outcome, err error) {
 	if err != nil {
 		return out, err
 	}
-	defer p.kill()
+	defer func() { p.kill() }()
 	out, err = r.finish(ctx, w, posted, p)
-	t.mu.Lock()
-	t.pulls += w.pulls
-	t.mu.Unlock()
 	if err = errors.Join(w.fault(), err); err != nil {
 		return out, err
 	}
 	if r.ref == nil {
 		return out, nil
 	}
-	if d := cmp.Diff(*r.ref, out, cmp.AllowUnexported(step{}), cmp.FilterPath(func(p cmp.Path) bool { return p.String() == "policies" }, cmp.Ignore())); d != "" {
-		return out, fmt.Errorf("it ended otherwise (-undisturbed +killed):\n%s", d)
+	if err := same(*r.ref, out); err != nil {
+		return out, err
 	}
-	return out, nil
+
+	// Once more, now that the newest snapshot stands for the whole log.
+	if _, err := p.kill(); err != nil {
+		return out, err
+	}
+	if p, err = start(cfg, dir, "", r.off); err != nil {
+		return out, err
+	}
+	if err := r.again(ctx, w, p, out); err != nil {
+		return out, fmt.Errorf("after the last start: %w", err)
+	}
+	t.mu.Lock()
+	t.runs, t.pulls = t.runs+1, t.pulls+w.pulls
+	t.mu.Unlock()
+	return out, w.fault()
+}
+
+// done says that the job has come to where the undisturbed one stopped.
+func (r run) done(w *witness) bool {
+	if r.ref == nil || w.reached() < r.ref.Step {
+		return false
+	}
+	if !r.variant.ends {
+		return true
+	}
+	left, err := w.left()
+	return err == nil && slices.Equal(left, []string{"ended.bin"})
+}
+
+// await waits until a life is over: at its point, when its time is up, or a
+// little after nothing is left to do.
+func (r run) await(ctx context.Context, w *witness, p *process, s strike) {
+	over := time.After(s.after)
+	var idle <-chan time.Time
+	for {
+		select {
+		case <-p.ended:
+			return
+		case <-over:
+			return
+		case <-idle:
+			return
+		case <-ctx.Done():
+			return
+		case <-time.After(2 * time.Millisecond):
+			if idle == nil && r.done(w) {
+				idle = time.After(most)
+			}
+		}
+	}
 }
 
 // post creates the job and posts every batch once it was accepted the one before,
@@ -309,6 +375,9 @@ func (r run) finish(ctx context.Context, w *witness, posted <-chan struct{}, p *
 		if w.fault() != nil {
 			return true
 		}
+		if r.variant.ends {
+			return j.State == "finished"
+		}
 		if r.ref != nil {
 			return j.State == "waiting" && j.Step >= r.ref.Step && j.Queue.GroupsComplete <= r.ref.Queue.GroupsComplete
 		}
@@ -317,6 +386,96 @@ func (r run) finish(ctx context.Context, w *witness, posted <-chan struct{}, p *
 	if err != nil {
 		return out, fmt.Errorf("wait for the end (%+v, queue %+v, last error %+v): %w", j.Counts, j.Queue, j.LastError, err)
 	}
+	var m storage.Manifest
+	if r.variant.ends {
+		m, err = c.Checkpoint(ctx, id, client.Latest)
+	} else {
+		m, err = c.Publish(ctx, id, true)
+	}
+	if err != nil {
+		return out, fmt.Errorf("publish the end: %w", err)
+	}
+	if named, err := w.latest(ctx, id); err != nil || named.Prefix != m.Prefix {
+		return out, fmt.Errorf("latest.json names %s, not %s: %v", named.Prefix, m.Prefix, err)
+	}
+	if err := r.small(w, m, j.Step); err != nil {
+		return out, err
+	}
+	if out, err = r.picture(ctx, w, c); err != nil {
+		return out, err
+	}
+	out.Final = map[string]string{}
+	for _, f := range m.Files {
+		// The queue names the job and times; whether the end of a job is a snapshot depends on its deaths.
+		if f.Name != "state/queue.bin" && (!r.variant.ends || strings.HasPrefix(f.Name, "hf/")) {
+			out.Final[f.Name] = f.SHA256
+		}
+	}
+	if r.ref == nil {
+		return out, r.remember(ctx, c, id, &out)
+	}
+	return out, nil
+}
+
+// small holds what is left on disk to what the newest checkpoint needs.
+func (r run) small(w *witness, m storage.Manifest, step int64) error {
+	if r.variant.ends {
+		var left []string
+		var err error
+		for end := time.Now().Add(10 * time.Second); time.Now().Before(end); time.Sleep(2 * time.Millisecond) {
+			if left, err = w.left(); err != nil || slices.Equal(left, []string{"ended.bin"}) {
+				return err
+			}
+		}
+		return fmt.Errorf("the ended job keeps %q", left)
+	}
+	if m.Step != step || !m.Snapshot {
+		return fmt.Errorf("the end is of step %d (snapshot %v), the job at %d", m.Step, m.Snapshot, step)
+	}
+	// The snapshot was taken after the last step: one batch may have come later.
+	segments, err := filepath.Glob(filepath.Join(w.data, "jobs", "*", "spool", "*.seg"))
+	if err != nil || len(segments) > 2 {
+		return fmt.Errorf("the log has segments %q although a snapshot stands for it: %v", segments, err)
+	}
+	return nil
+}
+
+// again looks at the job after one more start, which had at most the last batch to read.
+func (r run) again(ctx context.Context, w *witness, p *process, want outcome) error {
+	ctx, cancel := context.WithTimeout(ctx, 20*time.Second)
+	defer cancel()
+	c, err := client.New(w.url, client.Options{Retries: 200, MaxWait: 20 * time.Millisecond})
+	if err != nil {
+		return err
+	}
+	state := "waiting"
+	if r.variant.ends {
+		state = "finished"
+	}
+	if _, err := c.Wait(ctx, w.known(), 2*time.Millisecond, func(j client.Job) bool { return j.State == state || w.fault() != nil }); err != nil {
+		return err
+	}
+	got, err := r.picture(ctx, w, c)
+	if err != nil {
+		return err
+	}
+	got.Final = want.Final
+	if err := same(want, got); err != nil {
+		return err
+	}
+	if _, err := p.kill(); err != nil {
+		return err
+	}
+	log := p.log.String()
+	if !r.variant.ends && !strings.Contains(log, "records=0 steps_replayed=0") && !strings.Contains(log, "records=1 steps_replayed=0") {
+		return fmt.Errorf("it read more of the log than came after the snapshot:\n%s", log)
+	}
+	return nil
+}
+
+// picture is what the API says of the job; what was accepted once is not accepted twice.
+func (r run) picture(ctx context.Context, w *witness, c *client.Client) (out outcome, err error) {
+	id := w.known()
 	for i, body := range r.variant.rollouts() { // a client that saw no answer
 		got, err := c.SubmitArrow(ctx, id, body, key(i))
 		if err != nil || got.Batch != uint64(i+1) {
@@ -326,18 +485,8 @@ func (r run) finish(ctx context.Context, w *witness, posted <-chan struct{}, p *
 	if again, err := c.CreateJob(ctx, r.variant.document(r.modelDir, r.ref == nil), "the-job"); err != nil || again.ID != id {
 		return out, fmt.Errorf("create the job again: job %s, not %s: %v", again.ID, id, err)
 	}
-	m, err := c.Publish(ctx, id, true)
+	j, err := c.Job(ctx, id)
 	if err != nil {
-		return out, fmt.Errorf("publish the end: %w", err)
-	}
-	out.Final = map[string]string{}
-	for _, f := range m.Files {
-		out.Final[f.Name] = f.SHA256
-	}
-	if named, err := w.latest(ctx, id); err != nil || named.Prefix != m.Prefix {
-		return out, fmt.Errorf("latest.json names %s, not %s: %v", named.Prefix, m.Prefix, err)
-	}
-	if j, err = c.Job(ctx, id); err != nil {
 		return out, err
 	}
 	out.Counts, out.Queue, out.Step = j.Counts, j.Queue, j.Step
@@ -365,9 +514,6 @@ func (r run) finish(ctx context.Context, w *witness, posted <-chan struct{}, p *
 		b.Job = ""
 		out.Batches = append(out.Batches, b)
 	}
-	if r.ref == nil {
-		return out, r.remember(ctx, c, id, &out)
-	}
 	return out, nil
 }
 
@@ -387,21 +533,24 @@ func (r run) remember(ctx context.Context, c *client.Client, id string, out *out
 	return nil
 }
 
-// references runs every variant undisturbed.
+// undisturbed is what every variant came to when nothing died, once for all tests.
+var undisturbed []*outcome
+
+// references runs every variant undisturbed, unless that was done.
 func references(t *testing.T) (modelDir string, refs []*outcome) {
 	t.Helper()
 	modelDir = servertest.WriteModel(t, servertest.TinyConfig(), 1, "F32")
-	for _, v := range variants {
+	for _, v := range variants[len(undisturbed):] {
 		began := time.Now()
 		out, err := run{variant: v, modelDir: modelDir}.do(&tally{points: map[string]int{}}, t.TempDir())
 		if err != nil {
 			t.Fatalf("%s undisturbed: %v", v.name, err)
 		}
-		if v.limited != (out.Counts.GroupsRefused["policy_lag"] > 0) {
-			t.Fatalf("%s refused %v: the variant does not test what it is for", v.name, out.Counts.GroupsRefused)
+		if refused := out.Counts.GroupsRefused; v.limited != (refused["policy_lag"] > 0) || v.ends != (refused["job_finished"] > 0) {
+			t.Fatalf("%s refused %v: the variant does not test what it is for", v.name, refused)
 		}
 		t.Logf("%s undisturbed: %d steps, %d groups trained, refused %v, %v", v.name, out.Step, out.Counts.GroupsTrained, out.Counts.GroupsRefused, time.Since(began).Round(time.Millisecond))
-		refs = append(refs, &out)
+		undisturbed = append(undisturbed, &out)
 	}
-	return modelDir, refs
+	return modelDir, undisturbed
 }

@@ -25,6 +25,7 @@ type witness struct {
 	ref     *outcome // nil while the reference itself is made
 	url     string
 	store   string // directory
+	data    string // directory
 	scratch string
 	power   bool // power is cut: what was seen in the store before its sync may be gone again
 
@@ -78,6 +79,17 @@ func impatient(url string) *client.Client {
 	return c
 }
 
+// left is the names in the job's directory.
+func (w *witness) left() (names []string, err error) {
+	w.quiet.RLock() // it may be exchanged
+	defer w.quiet.RUnlock()
+	entries, err := os.ReadDir(filepath.Join(w.data, "jobs", w.known()))
+	for _, e := range entries {
+		names = append(names, e.Name())
+	}
+	return names, err
+}
+
 // watchStatus asks for the job's status: what it has once said stays true.
 func (w *witness) watchStatus(ctx context.Context) {
 	c := impatient(w.url)
@@ -96,7 +108,7 @@ func (w *witness) watchStatus(ctx context.Context) {
 			w.blame("status of the job that was created: %v", err)
 		case err != nil:
 			continue // it is being killed
-		case j.State == "failed":
+		case j.State == "failed", j.LastError != nil && j.LastError.Code == "restore_failed":
 			w.blame("the job failed: %+v", j.LastError)
 		case j.Step < step:
 			w.blame("the job went from step %d back to %d", step, j.Step)

@@ -425,6 +425,7 @@ func (l *Log) Trim(seq uint64) error {
 		if err := l.disk.Remove(s.name); err != nil && !errors.Is(err, fs.ErrNotExist) {
 			return fmt.Errorf("trim spool: %w", err)
 		}
+		crashpoint.Reach("trim.removed")
 		if err := l.disk.Sync(); err != nil {
 			return fmt.Errorf("trim spool: %w", err)
 		}
