@@ -68,8 +68,8 @@ func (s *Server) observe(next echo.HandlerFunc) echo.HandlerFunc {
 			route = "none"
 		}
 		took, status, method := time.Since(began), c.Response().Status, c.Request().Method
-		s.metrics.requests.WithLabelValues(route, method, strconv.Itoa(status)).Inc()
-		s.metrics.seconds.WithLabelValues(route, method).Observe(took.Seconds())
+		s.metrics.requests.WithLabelValues(route, methodLabel(method), strconv.Itoa(status)).Inc()
+		s.metrics.seconds.WithLabelValues(route, methodLabel(method)).Observe(took.Seconds())
 		if n := c.Request().ContentLength; n > 0 {
 			s.metrics.received.WithLabelValues(route).Add(float64(n))
 		}
@@ -82,6 +82,16 @@ func (s *Server) observe(next echo.HandlerFunc) echo.HandlerFunc {
 		s.log.LogAttrs(c.Request().Context(), slog.LevelDebug, "request", attrs...)
 		return nil
 	}
+}
+
+// methodLabel is a method as a label: strangers may send any word, and each would
+// be a time series for ever.
+func methodLabel(method string) string {
+	switch method {
+	case http.MethodGet, http.MethodHead, http.MethodPost, http.MethodPut, http.MethodPatch, http.MethodDelete, http.MethodOptions:
+		return method
+	}
+	return "other"
 }
 
 // recover turns a panic into an Internal fault. The stack goes to the log.
