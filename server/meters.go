@@ -83,6 +83,9 @@ var jobMeters = []jobMeter{
 var (
 	descJobs    = prometheus.NewDesc("trainerd_jobs", "Jobs by state.", []string{"state"}, nil)
 	descRefused = prometheus.NewDesc("trainerd_groups_refused_total", "Groups refused by reason.", []string{"job", "reason"}, nil)
+	descFailing = prometheus.NewDesc("trainerd_job_failing", "1 while a job's work fails and is tried again, by the code of its last error.", []string{"job", "code"}, nil)
+	descDisk    = prometheus.NewDesc("trainerd_data_disk_failing", "1 while the data directory takes no writes.", nil, nil)
+	descDiskErr = prometheus.NewDesc("trainerd_data_disk_errors_total", "Writes to the data directory that failed.", nil, nil)
 	descDevice  = prometheus.NewDesc("trainerd_device_queue", "Pieces of device work that wait.", nil, nil)
 )
 
@@ -97,6 +100,9 @@ func (*jobCollector) Describe(out chan<- *prometheus.Desc) {
 	out <- descJobs
 	out <- descRefused
 	out <- descDevice
+	out <- descFailing
+	out <- descDisk
+	out <- descDiskErr
 }
 
 // Collect implements prometheus.Collector.
@@ -111,6 +117,9 @@ func (c *jobCollector) Collect(out chan<- prometheus.Metric) {
 		for _, m := range jobMeters {
 			out <- prometheus.MustNewConstMetric(m.desc, m.kind, m.value(s), string(s.ID))
 		}
+		if s.Failing != "" {
+			out <- prometheus.MustNewConstMetric(descFailing, prometheus.GaugeValue, 1, string(s.ID), s.Failing)
+		}
 		for reason, n := range s.Counts.GroupsRefused {
 			out <- prometheus.MustNewConstMetric(descRefused, prometheus.CounterValue, float64(n), string(s.ID), reason)
 		}
@@ -118,5 +127,11 @@ func (c *jobCollector) Collect(out chan<- prometheus.Metric) {
 	for state, n := range states {
 		out <- prometheus.MustNewConstMetric(descJobs, prometheus.GaugeValue, float64(n), string(state))
 	}
+	failing := 0.0
+	if stats.DiskFailing {
+		failing = 1
+	}
+	out <- prometheus.MustNewConstMetric(descDisk, prometheus.GaugeValue, failing)
+	out <- prometheus.MustNewConstMetric(descDiskErr, prometheus.CounterValue, float64(stats.DiskErrors))
 	out <- prometheus.MustNewConstMetric(descDevice, prometheus.GaugeValue, float64(stats.DeviceQueue))
 }

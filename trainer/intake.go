@@ -92,11 +92,12 @@ func (j *Job) Submit(ctx context.Context, body []byte, key string) (r Receipt, e
 	}
 	seq, err := j.appendBatch(ctx, spool.Record{Kind: recordRollouts, Key: key, Meta: raw, Body: body})
 	if err != nil {
-		return Receipt{}, &fault.Error{Kind: fault.Unavailable, Code: "spool_unavailable", Msg: "write the batch to disk", RetryAfter: 5 * time.Second, Err: err}
+		return Receipt{}, j.refused(j.m.disk.fault("spool_unavailable", "write the batch to disk", err))
 	}
 	crashpoint.Reach("accept.before_answer")
 	j.mu.Lock()
 	defer j.mu.Unlock()
+	j.mended(codeDiskFull, "spool_unavailable")
 	r, err = j.enter(seq, batch, key, meta)
 	if err != nil { // Check said yes and intake was held: a defect, and the log is ahead of memory
 		return Receipt{}, fault.New(fault.Internal, "assembler", "enter accepted batch %d: %w", seq, err)
@@ -247,7 +248,7 @@ func (j *Job) expire() error {
 	}
 	seq, err := j.spool.Append(spool.Record{Kind: recordExpire, Meta: raw})
 	if err != nil {
-		return &fault.Error{Kind: fault.Unavailable, Code: "spool_unavailable", Msg: "record expired groups", Err: err}
+		return j.m.disk.fault("spool_unavailable", "record expired groups", err)
 	}
 	j.mu.Lock()
 	defer j.mu.Unlock()

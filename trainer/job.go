@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -88,6 +89,7 @@ func (m *Manager) newJob(rec jobRecord) *Job {
 	}
 	if !rec.State.Final() {
 		j.state = Loading
+		j.rec.LastError = nil // what is still wrong will say so again
 	}
 	m.exec.Weigh(rec.ID, rec.Spec.weight())
 	j.asm = rollout.NewAssembler(rec.Spec.assembler())
@@ -167,15 +169,17 @@ func (j *Job) pause(on bool) error {
 	if j.rec.Paused == on {
 		return nil
 	}
-	j.rec.Paused = on
+	rec := j.rec
+	rec.Paused = on
+	if err := j.m.db.putJob(rec, nil); err != nil {
+		return j.m.disk.fault("records_unavailable", "record the pause", err)
+	}
+	j.rec = rec
 	switch {
 	case on && j.state != Loading:
 		j.setState(Paused)
 	case !on && j.state == Paused:
 		j.setState(Waiting)
-	}
-	if err := j.m.db.putJob(j.rec, nil); err != nil {
-		return fault.New(fault.Unavailable, "records_unavailable", "record the pause: %w", err)
 	}
 	j.poke()
 	return nil
@@ -232,7 +236,7 @@ func (j *Job) end(s State, cause error) error {
 	}
 	err := j.m.db.putJob(rec, nil)
 	if err != nil && s != Failed {
-		return fault.New(fault.Unavailable, "records_unavailable", "record the end: %w", err)
+		return j.m.disk.fault("records_unavailable", "record the end", err)
 	}
 	j.ends = err == nil
 	j.rec = rec
@@ -267,6 +271,36 @@ func (j *Job) note(err error) {
 	defer j.mu.Unlock()
 	j.rec.LastError = lastError(err)
 	j.events.publish("state", j.stateEvent())
+}
+
+// mended takes the job's last error back if it is one of codes: what failed works
+// again. Called with mu held.
+func (j *Job) mended(codes ...string) {
+	if e := j.rec.LastError; e != nil && slices.Contains(codes, e.Code) {
+		j.rec.LastError = nil
+		j.events.publish("state", j.stateEvent())
+	}
+}
+
+// refused notes an error that a batch was refused by, once for many.
+func (j *Job) refused(err error) error {
+	j.mu.Lock()
+	last := j.rec.LastError
+	j.mu.Unlock()
+	if next := lastError(err); last == nil || last.Code != next.Code || next.Time.Sub(last.Time) > retryMost {
+		j.note(err)
+	}
+	return err
+}
+
+// failing is what goes wrong with the job's work at present, nil for nothing.
+func (j *Job) failing() *LastError {
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	if j.state.Final() {
+		return nil
+	}
+	return j.rec.LastError
 }
 
 // unload frees the job's device memory. It may be called again.

@@ -93,6 +93,7 @@ type Manager struct {
 	ckpts  storage.Checkpoints
 	leases *leases
 	decode chan struct{} // one token for each Arrow body being decoded
+	disk   *dataDisk
 	// captures counts host memory of publications under way.
 	captures captureBudget
 
@@ -134,6 +135,7 @@ func NewManager(o Options) (*Manager, error) {
 		opts: o, limits: limits, log: o.Logger, db: db, exec: newExecutor().start(),
 		ckpts: storage.Checkpoints{Blob: o.Store}, leases: leases, decode: make(chan struct{}, limits.Decoders),
 		jobs: map[JobID]*Job{}, reserved: map[JobID]int64{}, closed: make(chan struct{}),
+		disk: openDataDisk(o.DataDir),
 	}
 	m.budget = o.Device.Info().MemFree
 	m.captures.limit = limits.MaxCaptureBytes
@@ -215,12 +217,12 @@ func (m *Manager) Create(ctx context.Context, body []byte, key string) (job *Job
 	}
 	job = m.newJob(rec)
 	if err := job.openLog(); err != nil {
-		return nil, false, err
+		return nil, false, m.disk.fault("spool_unavailable", "create the job", err)
 	}
 	job.fed = true // its spool is empty
 	if err := m.db.createJob(rec, key, digest); err != nil {
 		job.closeLog()
-		return nil, false, fault.New(fault.Unavailable, "records_unavailable", "record the job: %w", err)
+		return nil, false, m.disk.fault("records_unavailable", "record the job", err)
 	}
 	m.mu.Lock()
 	if m.closing {
@@ -368,6 +370,15 @@ func (m *Manager) Ready(ctx context.Context) error {
 	if _, err := m.ckpts.Blob.Stat(ctx, "ready"); err != nil && !errors.Is(err, storage.ErrNotFound) {
 		return fault.New(fault.Unavailable, "store_unavailable", "reach the checkpoint store: %w", err)
 	}
+	if err, _ := m.disk.state(); err != nil {
+		return err
+	}
+	// A store that answers may still take nothing.
+	for _, j := range m.Jobs() {
+		if e := j.failing(); e != nil && e.Code == "publish_failed" {
+			return fault.New(fault.Unavailable, e.Code, "job %s: %s", j.ID, e.Message)
+		}
+	}
 	return nil
 }
 
@@ -406,6 +417,7 @@ func (m *Manager) Close(ctx context.Context) error {
 		j.events.close()
 	}
 	m.exec.Close()
+	m.disk.close()
 	for _, j := range jobs {
 		err = errors.Join(err, j.closeLog())
 	}

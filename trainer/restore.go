@@ -87,7 +87,10 @@ func (j *Job) adopt(base *baseModel) error {
 		return fault.BadField("model.source", base.source, "the model that the job was created with: its config has changed")
 	}
 	j.rec.Model, j.rec.DType = cfg, base.dtype
-	return j.m.db.putJob(j.rec, nil)
+	if err := j.m.db.putJob(j.rec, nil); err != nil {
+		return j.m.disk.fault("records_unavailable", "record the model", err)
+	}
+	return nil
 }
 
 // settler is a store in which what a killed process left may not be durable yet.

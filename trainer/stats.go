@@ -10,6 +10,7 @@ type JobStats struct {
 	Counts     Counts
 	PlanBytes  int64
 	Loaded     bool
+	Failing    string // code of what goes wrong at present, "" for nothing
 
 	Steps, Published, SampledTokens, ScoredTokens, TrainedTokens int64
 	StepSeconds, PublishSeconds                                  float64
@@ -20,16 +21,23 @@ type JobStats struct {
 type Stats struct {
 	Jobs        []JobStats // oldest first
 	DeviceQueue int        // pieces of device work that wait
+	DiskFailing bool       // the data directory takes no writes at present
+	DiskErrors  int64      // writes to it that failed
 }
 
 // Stats returns the numbers of now.
 func (m *Manager) Stats() Stats {
 	s := Stats{DeviceQueue: m.exec.Depth()}
+	disk, n := m.disk.state()
+	s.DiskFailing, s.DiskErrors = disk != nil, n
 	for _, j := range m.Jobs() {
 		st := j.Status()
 		js := JobStats{ID: j.ID, State: st.State, Step: st.Step, PolicyStep: st.PolicyStep, Queue: st.Queue, Counts: st.Counts, Loaded: j.loaded.Load()}
 		if st.MemoryPlan != nil && js.Loaded {
 			js.PlanBytes = st.MemoryPlan.Total
+		}
+		if e := j.failing(); e != nil {
+			js.Failing = e.Code
 		}
 		j.mu.Lock()
 		c := j.counts

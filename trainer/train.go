@@ -3,6 +3,7 @@ package trainer
 import (
 	"context"
 	"errors"
+	"fmt"
 	"slices"
 	"time"
 
@@ -61,12 +62,19 @@ func (j *Job) run(ctx context.Context, base *baseModel, restored bool) {
 // patiently repeats what fails because a dependency is unavailable, with growing
 // pauses, and shows the error in the job's status meanwhile.
 func (j *Job) patiently(ctx context.Context, do func() error) error {
+	var code string
 	for pause := retryFirst; ; pause = min(2*pause, retryMost) {
 		err := do()
+		if err == nil && code != "" {
+			j.mu.Lock()
+			j.mended(code)
+			j.mu.Unlock()
+		}
 		if err == nil || ctx.Err() != nil || errors.Is(err, errClosed) || fault.KindOf(err) != fault.Unavailable {
 			return err
 		}
 		j.note(err)
+		code = lastError(err).Code
 		j.m.exec.Rest(j.ID)
 		select {
 		case <-time.After(pause):
@@ -228,13 +236,24 @@ func (j *Job) step(ctx context.Context) (err error) {
 	ctx, end := j.span(ctx, "step", attribute.Int64("trainerd.step", c.first), attribute.Int("trainerd.groups", len(c.ids)))
 	defer end(&err)
 	var rec StepRecord
+	var unrecorded error
 	err = j.m.exec.Do(ctx, lane{j.ID, laneTrain}, func() error {
 		var err error
 		if rec, err = j.compute(ctx, c); err != nil {
 			return err
 		}
-		return j.record(rec)
+		unrecorded = j.record(rec)
+		return nil
 	})
+	if err == nil && unrecorded != nil { // the device is a step ahead of the records: nothing goes on before they have it
+		err = j.patiently(ctx, func() (err error) {
+			if err = unrecorded; err == nil {
+				err = j.record(rec)
+			}
+			unrecorded = nil
+			return err
+		})
+	}
 	if err != nil {
 		return err
 	}
@@ -283,7 +302,7 @@ func (j *Job) record(rec StepRecord) error {
 	job.Step = rec.Step
 	crashpoint.Reach("step.before_record")
 	if err := j.m.db.putJob(job, &rec); err != nil {
-		return err
+		return j.m.disk.fault("records_unavailable", fmt.Sprintf("record step %d", rec.Step), err)
 	}
 	crashpoint.Reach("step.recorded")
 	j.rec = job
@@ -309,12 +328,14 @@ func (j *Job) finish(ctx context.Context) error {
 	if err := j.patiently(ctx, func() error { return j.publishFinal(ctx) }); err != nil {
 		return err
 	}
-	j.intake.Lock()
-	defer j.intake.Unlock()
-	j.mu.Lock()
-	defer j.mu.Unlock()
-	if j.state.Final() {
-		return nil
-	}
-	return j.end(Finished, nil)
+	return j.patiently(ctx, func() error {
+		j.intake.Lock()
+		defer j.intake.Unlock()
+		j.mu.Lock()
+		defer j.mu.Unlock()
+		if j.state.Final() {
+			return nil
+		}
+		return j.end(Finished, nil)
+	})
 }
