@@ -14,7 +14,7 @@ STATICCHECK_VERSION := v0.8.2
 MINIO_VERSION       := latest
 SMOLLM2             := $(CACHE)/smollm2/SmolLM2.gguf
 
-.PHONY: test-field bench-field build test test-race test-parity test-minio test-interop test-readme lint bench demo demo-control demo-seeds demo-smollm2 crash soak crash-mutations goldens tools venv fuzz clean
+.PHONY: test-field bench-field build test test-race test-parity test-minio test-interop test-readme lint bench demo demo-control demo-seeds demo-smollm2 crash soak crash-mutations faults goldens tools venv fuzz clean
 .PHONY: kernels trainerd-cuda cuda-driver cuda-check cuda-emulated device-bundle
 
 build: ## bin/trainerd, pure Go
@@ -55,6 +55,7 @@ lint: ## formatting, vet, staticcheck, import rules
 	$(GO) vet ./...
 	$(GO) vet -tags minio ./storage/...
 	$(GO) vet -tags field ./secloop/field
+	$(GO) vet -tags faults ./internal/faulttest
 	$(GO) vet -tags crashpoints ./internal/... ./trainer ./storage/... ./rollout/...
 	$(GO) run honnef.co/go/tools/cmd/staticcheck@$(STATICCHECK_VERSION) ./...
 	$(GO) test -count=1 ./internal/archtest
@@ -86,6 +87,9 @@ soak: ## the same for KILLS deaths of each kind (5000), from another SEED
 
 crash-mutations: ## one sync or record left out at a time: each must turn the crash suite red
 	CGO_ENABLED=0 $(GO) test -tags crashpoints -count=1 -v -timeout 30m -parallel 3 -run TestMutations ./internal/crashtest
+
+faults: $(CACHE)/bin/minio ## breaks MinIO, its network and full disks under a real server, as root; fails where mounting is not allowed
+	TRAINERD_MINIO=$(CACHE)/bin/minio CGO_ENABLED=0 $(GO) test -tags faults -count=1 -v -timeout 15m ./internal/faulttest
 
 fuzz: ## every decoder for a while: each Fuzz function for FUZZTIME (20s)
 	set -o pipefail; git grep -o -E '^func Fuzz[A-Za-z0-9_]+' -- '*_test.go' | sed -E 's,/[^/]*:func , ,' | \

@@ -117,7 +117,11 @@ func (j *Job) launch(ctx context.Context, snapshot func() bool, retry, own bool)
 		j.mu.Lock()
 		between := j.training == nil || j.training.run == nil
 		f.step = j.weights
+		recorded := j.rec.Step == j.weights
 		j.mu.Unlock()
+		if !recorded { // it could not be: a crash now would take the step back, and readers would have seen it
+			return &fault.Error{Kind: fault.Unavailable, Code: "step_not_recorded", Msg: fmt.Sprintf("publish step %d: its record could not be written yet", f.step), RetryAfter: diskRetry}
+		}
 		var err error
 		with := snapshot() && between
 		if flies, err = j.takeOff(f, with); err != nil || flies {

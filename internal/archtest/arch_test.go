@@ -30,6 +30,7 @@ var rules = []rule{
 	{dir: "internal/durable"},
 	{dir: "internal/checked"},
 	{dir: "internal/crashtest"}, // only its tests import anything
+	{dir: "internal/faulttest", uses: []string{"github.com/minio/minio-go"}}, // only its tests do
 	{dir: "kernels", may: []string{"kernels"}, uses: []string{"gorgonia.org/tensor"}},
 	{dir: "kernels/cuda", may: []string{"kernels"}, uses: []string{"gorgonia.org/tensor", "gorgonia.org/cu"}},
 	{dir: "model", may: []string{"model", "kernels"}, uses: []string{"gorgonia.org/tensor"}},
