@@ -37,6 +37,10 @@ type Config struct {
 	// MaxRetries bounds the tries of one request (0: 10, with growing pauses of at
 	// most a second). The context ends them earlier.
 	MaxRetries int
+
+	// Stall bounds how long a request may go without a byte moving (0: 30 s). An
+	// operation in which nothing moves for twice as long fails.
+	Stall time.Duration
 }
 
 // String names the place and no secret.
@@ -88,6 +92,12 @@ func (c Config) normal() (Config, error) {
 	if c.CAFile != "" && !c.Secure {
 		return bad("ca_file", c.CAFile, "an https endpoint to use it with")
 	}
+	if c.Stall < 0 {
+		return Config{}, fault.BadField("s3.stall", c.Stall, "0 or more")
+	}
+	if c.Stall == 0 {
+		c.Stall = defaultStall
+	}
 	if c.MaxRetries < 0 {
 		return Config{}, fault.BadField("s3.max_retries", c.MaxRetries, "0 or more")
 	}
@@ -97,13 +107,12 @@ func (c Config) normal() (Config, error) {
 // client makes the library's client. Nothing is sent yet.
 func (c Config) client() (*minio.Core, error) {
 	transport := &http.Transport{
-		Proxy:                 c.Proxy,
-		DialContext:           (&net.Dialer{Timeout: 10 * time.Second, KeepAlive: 30 * time.Second}).DialContext,
-		MaxIdleConnsPerHost:   16,
-		ResponseHeaderTimeout: 2 * time.Minute, // joining the parts of a large upload takes a while
-		IdleConnTimeout:       time.Minute,
-		TLSHandshakeTimeout:   10 * time.Second,
-		DisableCompression:    true, // lengths and ranges are of the bytes as stored
+		Proxy:               c.Proxy,
+		DialContext:         (&net.Dialer{Timeout: 10 * time.Second, KeepAlive: 30 * time.Second}).DialContext,
+		MaxIdleConnsPerHost: 16,
+		IdleConnTimeout:     time.Minute,
+		TLSHandshakeTimeout: 10 * time.Second,
+		DisableCompression:  true, // lengths and ranges are of the bytes as stored
 	}
 	if c.Secure {
 		transport.TLSClientConfig = &tls.Config{MinVersion: tls.VersionTLS12}
@@ -129,7 +138,7 @@ func (c Config) client() (*minio.Core, error) {
 	core, err := minio.NewCore(c.Endpoint, &minio.Options{
 		Creds:        credentials.NewStaticV4(c.AccessKey, c.SecretKey, ""),
 		Secure:       c.Secure,
-		Transport:    transport,
+		Transport:    patience{next: transport, stall: c.Stall},
 		Region:       c.Region,
 		BucketLookup: lookup,
 		MaxRetries:   c.MaxRetries,

@@ -42,7 +42,7 @@ func Open(ctx context.Context, config Config) (*Store, error) {
 	if config.Prefix != "" {
 		s.prefix = config.Prefix + "/"
 	}
-	for o := range core.ListObjectsIter(ctx, config.Bucket, minio.ListObjectsOptions{Prefix: s.prefix, MaxKeys: 1, Recursive: true}) {
+	for o := range core.ListObjectsIter(watch(ctx), config.Bucket, minio.ListObjectsOptions{Prefix: s.prefix, MaxKeys: 1, Recursive: true}) {
 		if o.Err != nil {
 			return nil, s.fault(ctx, "open", "", o.Err)
 		}
@@ -113,7 +113,7 @@ func (s *Store) Stat(ctx context.Context, key string) (storage.Info, error) {
 	if err := storage.CheckKey(key); err != nil {
 		return storage.Info{}, err
 	}
-	o, err := s.core.StatObject(ctx, s.config.Bucket, s.object(key), minio.StatObjectOptions{})
+	o, err := s.core.StatObject(watch(ctx), s.config.Bucket, s.object(key), minio.StatObjectOptions{})
 	if err != nil {
 		return storage.Info{}, s.fault(ctx, "stat", key, err)
 	}
@@ -133,6 +133,7 @@ func (s *Store) Get(ctx context.Context, key string, off, n int64) (io.ReadClose
 	if n == 0 {
 		return s.empty(ctx, key, off)
 	}
+	ctx = watch(ctx)
 	body, info, err := s.get(ctx, key, off, n, "")
 	if status(err) == http.StatusRequestedRangeNotSatisfiable {
 		return s.empty(ctx, key, off) // S3 has no empty ranges: off is at the end, or past it
@@ -275,7 +276,7 @@ func (r *reader) Close() error {
 // List implements storage.Blob.
 func (s *Store) List(ctx context.Context, prefix string, f func(storage.Info) error) error {
 	// Leaving the loop early must end the library's requests as well.
-	listing, cancel := context.WithCancel(ctx)
+	listing, cancel := context.WithCancel(watch(ctx))
 	defer cancel()
 	for o := range s.core.ListObjectsIter(listing, s.config.Bucket, minio.ListObjectsOptions{Prefix: s.prefix + prefix, Recursive: true}) {
 		if o.Err != nil {
@@ -301,7 +302,7 @@ func (s *Store) Delete(ctx context.Context, key string) error {
 	if err := storage.CheckKey(key); err != nil {
 		return err
 	}
-	err := s.core.RemoveObject(ctx, s.config.Bucket, s.object(key), minio.RemoveObjectOptions{})
+	err := s.core.RemoveObject(watch(ctx), s.config.Bucket, s.object(key), minio.RemoveObjectOptions{})
 	if err == nil {
 		return nil
 	}

@@ -31,6 +31,12 @@ const fakeSecret = "fake-secret-9d1e"
 // fake answers requests by a function; it counts them.
 func fake(t *testing.T, answer func(n int, w http.ResponseWriter, r *http.Request)) *Store {
 	t.Helper()
+	return fakeStalling(t, 0, answer)
+}
+
+// fakeStalling has a stall of its own (0: the default).
+func fakeStalling(t *testing.T, stall time.Duration, answer func(n int, w http.ResponseWriter, r *http.Request)) *Store {
+	t.Helper()
 	var mu sync.Mutex
 	n := 0
 	srv := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
@@ -46,7 +52,7 @@ func fake(t *testing.T, answer func(n int, w http.ResponseWriter, r *http.Reques
 		answer(at, w, r)
 	}))
 	t.Cleanup(srv.Close)
-	s, err := Open(t.Context(), Config{Endpoint: srv.URL, Bucket: "bucket", Region: "us-east-1", AccessKey: "fake-access", SecretKey: fakeSecret, PathStyle: true, MaxRetries: 3})
+	s, err := Open(t.Context(), Config{Endpoint: srv.URL, Bucket: "bucket", Region: "us-east-1", AccessKey: "fake-access", SecretKey: fakeSecret, PathStyle: true, MaxRetries: 3, Stall: stall})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -333,4 +339,72 @@ func TestConfig(t *testing.T) {
 			t.Errorf("%s: error %q holds a secret", name, err)
 		}
 	}
+}
+
+// TestSilentServiceIsToldSoon connects to a service that takes connections and
+// says nothing, as a paused one does.
+func TestSilentServiceIsToldSoon(t *testing.T) {
+	silent := make(chan struct{})
+	s := fakeStalling(t, 50*time.Millisecond, func(n int, w http.ResponseWriter, r *http.Request) { <-silent })
+	defer close(silent)
+	for name, call := range map[string]func() error{
+		"stat":   func() error { _, err := s.Stat(t.Context(), "k"); return err },
+		"get":    func() error { _, _, err := s.Get(t.Context(), "k", 0, -1); return err },
+		"put":    func() error { _, err := s.Put(t.Context(), "k", strings.NewReader("x"), 1, storage.Condition{}); return err },
+		"delete": func() error { return s.Delete(t.Context(), "k") },
+	} {
+		began := time.Now()
+		err := call()
+		if f, ok := fault.As(err); !ok || f.Kind != fault.Unavailable || f.Code != "s3_stalled" {
+			t.Errorf("%s: %v, expected the code s3_stalled", name, err)
+		}
+		// Two stalls, and the pauses of at most a second between the repetitions that are left.
+		if took := time.Since(began); took > 20*time.Second {
+			t.Errorf("%s took %v", name, took)
+		}
+	}
+}
+
+// TestSlowIsNotSilent reads and writes bytes that trickle for longer than the stall,
+// and takes its time between two reads.
+func TestSlowIsNotSilent(t *testing.T) {
+	const stall = 200 * time.Millisecond
+	s := fakeStalling(t, stall, func(n int, w http.ResponseWriter, r *http.Request) {
+		found(w, "e", 10)
+		if r.Method != http.MethodGet {
+			return
+		}
+		for range 10 {
+			w.Write([]byte("x"))
+			w.(http.Flusher).Flush()
+			time.Sleep(stall / 4)
+		}
+	})
+	r, _, err := s.Get(t.Context(), "k", 0, -1)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer r.Close()
+	got := make([]byte, 10)
+	if _, err := io.ReadFull(r, got[:2]); err != nil {
+		t.Fatal(err)
+	}
+	time.Sleep(2 * stall) // the reader's own pause
+	if _, err := io.ReadFull(r, got[2:]); err != nil || string(got) != "xxxxxxxxxx" {
+		t.Errorf("read %q, %v", got, err)
+	}
+	// A source that takes long is no fault of the service.
+	if _, err := s.Put(t.Context(), "k", slowSource{strings.NewReader("data"), 3 * stall}, -1, storage.Condition{}); err != nil {
+		t.Errorf("put of a slow source: %v", err)
+	}
+}
+
+type slowSource struct {
+	io.Reader
+	wait time.Duration
+}
+
+func (s slowSource) Read(p []byte) (int, error) {
+	time.Sleep(s.wait)
+	return s.Reader.Read(p)
 }

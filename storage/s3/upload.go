@@ -46,6 +46,7 @@ func (s *Store) Put(ctx context.Context, key string, r io.Reader, size int64, c 
 	if err := errors.Join(storage.CheckKey(key), c.Check()); err != nil {
 		return storage.Info{}, err
 	}
+	ctx = watch(ctx)
 	size0 := int64(partSize)
 	if size > partSize*(maxParts-1) { // keep known sizes within the number of parts S3 allows
 		size0 = (size/(maxParts-1) + 1<<20) &^ (1<<20 - 1)
@@ -213,7 +214,7 @@ func (s *Store) putMultipart(ctx context.Context, key string, first []byte, src 
 	info, err := s.uploadParts(ctx, key, id, first, second, end, src, size, c)
 	if err != nil {
 		// The parts cost space until they are aborted, also when ctx has ended. Sweep finds what this misses.
-		abort, cancel := context.WithTimeout(context.WithoutCancel(ctx), 30*time.Second)
+		abort, cancel := context.WithTimeout(context.WithValue(context.WithoutCancel(ctx), outageKey{}, nil), 30*time.Second)
 		defer cancel()
 		_ = s.core.AbortMultipartUpload(abort, bucket, object, id)
 		return storage.Info{}, err
