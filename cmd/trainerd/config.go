@@ -52,6 +52,8 @@ type ObjectStore struct {
 	S3PathStyle bool   `json:"s3_path_style" help:"address buckets as path elements"`
 	S3AccessKey string `json:"s3_access_key" help:"access key; better by environment" secret:"true"`
 	S3SecretKey string `json:"s3_secret_key" help:"secret key; better by environment" secret:"true"`
+
+	S3Timeout Duration `json:"s3_timeout" help:"longest time without a byte moving to or from the object store before a request is tried again"`
 }
 
 // Duration is a time.Duration written as text ("30s") in files.
@@ -72,7 +74,7 @@ func DefaultConfig() Config {
 	return Config{
 		Listen: "127.0.0.1:8080", Data: "trainerd-data", Device: "auto",
 		Access:       defaultAccess(),
-		ObjectStore:  ObjectStore{S3PathStyle: true},
+		ObjectStore:  ObjectStore{S3PathStyle: true, S3Timeout: Duration(30 * time.Second)},
 		Tracing:      defaultTracing(),
 		MaxBodyBytes: 256 << 20, MaxBatchRows: 1 << 16, MaxBatchTokens: 64 << 20,
 		MaxQueueRows: 1 << 20, MaxQueueTokens: 512 << 20,
@@ -272,6 +274,8 @@ func (c Config) Validate() error {
 		return fault.BadField("peak_tflops", c.PeakTFLOPS, "0 or more")
 	case c.Drain < 0:
 		return fault.BadField("drain", time.Duration(c.Drain), "0 or more")
+	case c.S3Timeout <= 0:
+		return fault.BadField("s3_timeout", time.Duration(c.S3Timeout), "more than 0")
 	case c.Shutdown <= 0:
 		return fault.BadField("shutdown", time.Duration(c.Shutdown), "more than 0")
 	}
@@ -281,7 +285,7 @@ func (c Config) Validate() error {
 // s3Config returns how to reach an s3:// location.
 func (o ObjectStore) s3Config(at storage.Location) s3.Config {
 	return s3.Config{Endpoint: o.S3Endpoint, Bucket: at.Bucket, Prefix: at.Prefix, Region: o.S3Region,
-		AccessKey: o.S3AccessKey, SecretKey: o.S3SecretKey, Secure: true, PathStyle: o.S3PathStyle, Proxy: http.ProxyFromEnvironment}
+		AccessKey: o.S3AccessKey, SecretKey: o.S3SecretKey, Secure: true, PathStyle: o.S3PathStyle, Stall: time.Duration(o.S3Timeout), Proxy: http.ProxyFromEnvironment}
 }
 
 // Redacted returns the configuration for the log, secrets replaced.

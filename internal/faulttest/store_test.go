@@ -19,7 +19,7 @@ const recovery = 60 * time.Second
 
 // s3Flags point a server at a store behind an address.
 func s3Flags(url string) []string {
-	return []string{"--store", "s3://" + bucket + "/" + prefix, "--s3-endpoint", url}
+	return []string{"--store", "s3://" + bucket + "/" + prefix, "--s3-endpoint", url, "--s3-timeout", "3s"}
 }
 
 // wideConfig is a model whose weights are several parts of a multipart upload.
