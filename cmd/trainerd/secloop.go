@@ -32,7 +32,7 @@ func newSecloop() *cobra.Command {
 		Long: "SecLoop: alerts become a prompt, the policy answers with strategies, each strategy meets the attack on a\n" +
 			"battle-field of its own, and what happened is the reward. A client of the HTTP API; see docs/secloop.md.",
 	}
-	cmd.AddCommand(newSecloopRun())
+	cmd.AddCommand(newSecloopRun(), newSecloopEval(), newSecloopServe(), newSecloopReplay(), newSecloopSweep(), newSecloopRounds())
 	return cmd
 }
 
@@ -204,6 +204,10 @@ func (l *loopEnv) openPolicy(ctx context.Context, dir string, seed uint64) (poli
 	var p policy
 	files := l.tokenizer
 	switch made := filepath.Join(dir, "model"); {
+	case l.modelIs == "": // an endpoint or a server's job has it
+		if files == "" {
+			return p, fault.BadField("model", `""`, "a model, or --tokenizer with what samples elsewhere (--endpoint, --server with --job)")
+		}
 	case l.server != "" && l.modelIs != "bytes":
 		p.source = l.modelIs
 		if files == "" {

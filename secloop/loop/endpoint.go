@@ -103,5 +103,8 @@ func (e endpoint) once(ctx context.Context, path string, body []byte, out any) (
 // unavailable reports whether an error is about somebody who does not answer.
 func unavailable(err error) bool {
 	var f *fault.Error
-	return errors.As(err, &f) && f.Kind == fault.Unavailable
+	return asFault(err, &f) && f.Kind == fault.Unavailable
 }
+
+// asFault finds a fault in an error's chain.
+func asFault(err error, f **fault.Error) bool { return errors.As(err, f) }

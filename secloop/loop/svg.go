@@ -173,3 +173,28 @@ func Plots(dir string, r Result) error {
 	}
 	return nil
 }
+
+// EvalPlots writes scenarios.svg and tactics.svg of one measurement.
+func EvalPlots(dir string, points []Point) error {
+	for file, of := range map[string]func(Tally) map[string]Share{
+		"scenarios.svg": func(t Tally) map[string]Share { return t.ByScenario },
+		"tactics.svg":   func(t Tally) map[string]Share { return t.ByTactic },
+	} {
+		var names []string
+		var values []float64
+		for _, p := range points {
+			for _, n := range slices.Sorted(maps.Keys(of(p.Tally))) {
+				label := n
+				if p.Set == Scenarios {
+					label += " (new)"
+				}
+				names, values = append(names, label), append(values, of(p.Tally)[n].Of())
+			}
+		}
+		picture := Bars("accuracy on what was kept from training", names, []string{"policy"}, func(i, _ int) float64 { return values[i] })
+		if err := writeFile(filepath.Join(dir, file), picture); err != nil {
+			return err
+		}
+	}
+	return nil
+}
