@@ -182,3 +182,34 @@ var errDisk = errors.New("disk full")
 type failingWriter struct{}
 
 func (failingWriter) Write([]byte) (int, error) { return 0, errDisk }
+
+// TestCapturedStateIsOfItsMoment: a captured state saves what SaveState wrote
+// then, twice and whatever the model does meanwhile.
+func TestCapturedStateIsOfItsMoment(t *testing.T) {
+	for _, reference := range []bool{false, true} {
+		opt := trainOptions()
+		opt.Reference = reference
+		m := load(t, newDevice(t), randomSource(t, configs()["qwen2"], 4), opt)
+		train(t, m, 2)
+		var want bytes.Buffer
+		if err := m.SaveState(&want); err != nil {
+			t.Fatal(err)
+		}
+		s, err := m.CaptureState(make([]float32, m.StateElements()))
+		if err != nil {
+			t.Fatal(err)
+		}
+		train(t, m, 1)
+		if reference {
+			if err := m.SyncReference(1); err != nil {
+				t.Fatal(err)
+			}
+		}
+		for range 2 {
+			var got bytes.Buffer
+			if err := s.Save(&got); err != nil || !bytes.Equal(got.Bytes(), want.Bytes()) {
+				t.Errorf("reference %v: a captured state differs from the saved one, %v", reference, err)
+			}
+		}
+	}
+}

@@ -123,7 +123,7 @@ func TestTrainingGoesOnWhileACheckpointIsWritten(t *testing.T) {
 // TestCapturedCheckpointsAreThoseOfTheDevice trains the same rollouts with
 // captures and without room for one: every file of every checkpoint is the same.
 func TestCapturedCheckpointsAreThoseOfTheDevice(t *testing.T) {
-	for _, dtype := range []string{"F32", "BF16", "F16"} {
+	for _, dtype := range []string{"F32", "BF16"} {
 		t.Run(dtype, func(t *testing.T) {
 			files := func(l trainer.Limits, synchronous int64, holds string) map[string]string {
 				e := servertest.Start(t, servertest.Options{Wrap: described(t), Limits: l})
@@ -132,8 +132,8 @@ func TestCapturedCheckpointsAreThoseOfTheDevice(t *testing.T) {
 					"objective":  map[string]any{"name": "sa_grpo", "group_size": 2, "beta": 0.05},
 					"checkpoint": map[string]any{"keep_last": 0, "snapshot_every_steps": 2, "dtype": dtype},
 				}))
-				submit(t, c, ctx, j.ID, "a", 5)
-				j = await(t, c, ctx, j.ID, "step 5 published", func(j client.Job) bool { return j.PolicyStep == 5 })
+				submit(t, c, ctx, j.ID, "a", 3)
+				j = await(t, c, ctx, j.ID, "step 3 published", func(j client.Job) bool { return j.PolicyStep == 3 })
 				if p := j.Publication; p.Synchronous != synchronous || !strings.Contains(p.Holds, holds) || (holds == "") != (p.Holds == "") {
 					t.Errorf("%+v, expected %d synchronous checkpoints because of %q", p, synchronous, holds)
 				}
@@ -153,8 +153,8 @@ func TestCapturedCheckpointsAreThoseOfTheDevice(t *testing.T) {
 				return out
 			}
 			captured := files(trainer.Limits{}, 0, "")
-			device := files(trainer.Limits{MaxCaptureBytes: 1}, 6, "max_capture_bytes")
-			if d := cmp.Diff(device, captured); d != "" || len(captured) < 12 {
+			device := files(trainer.Limits{MaxCaptureBytes: 1}, 4, "max_capture_bytes")
+			if d := cmp.Diff(device, captured); d != "" || len(captured) < 10 {
 				t.Errorf("%d files (-device +captured):\n%s", len(captured), d)
 			}
 		})

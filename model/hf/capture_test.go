@@ -1,0 +1,122 @@
+package hf
+
+import (
+	"bytes"
+	"context"
+	"io"
+	"maps"
+	"math"
+	"slices"
+	"testing"
+
+	"gorgonia.org/tensor"
+
+	"trainerd/internal/fault"
+	"trainerd/model"
+)
+
+// written collects the files of a directory.
+func written(t *testing.T, src model.Source, o WriteOptions) map[string][]byte {
+	t.Helper()
+	files := map[string][]byte{}
+	err := Write(t.Context(), func(_ context.Context, name string, write func(io.Writer) error) error {
+		var out bytes.Buffer
+		err := write(&out)
+		files[name] = out.Bytes()
+		return err
+	}, "", src, o)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return files
+}
+
+// wild are weights with values that are hard to round.
+type wild struct{ model.Source }
+
+func (w wild) Read(name string, dst *tensor.Dense) error {
+	err := w.Source.Read(name, dst)
+	x := dst.Float32s()
+	copy(x, []float32{float32(math.NaN()), float32(math.Inf(-1)), 0, float32(math.Copysign(0, -1)), 1e-8, -6e-8, 65504, 1 + 1.0/256, 1 + 3.0/256, math.SmallestNonzeroFloat32})
+	return err
+}
+
+// TestCaptureWritesTheSameBytes holds every dtype, and the rounded directory
+// that is written of an exact capture.
+func TestCaptureWritesTheSameBytes(t *testing.T) {
+	random, err := model.NewRandom(model.Config{Type: "qwen3", Vocab: 300, Hidden: 256, FFN: 8, Layers: 1, Heads: 2, KVHeads: 1, HeadDim: 4, MaxPositions: 64,
+		RopeTheta: 100, NormEps: 1e-5, QKNorm: true, InitStd: 0.3, BOS: -1}, 3)
+	if err != nil {
+		t.Fatal(err)
+	}
+	src := wild{random}
+	n := CaptureElements(src)
+	for _, dtype := range []string{"F32", "BF16", "F16"} {
+		for _, exact := range []bool{false, true} {
+			held := dtype
+			if exact {
+				held = "F32"
+			}
+			// One value more than is needed, to see that it is left alone.
+			mem := CaptureMemory{Halves: make([]uint16, n+1)}
+			if held == "F32" {
+				mem = CaptureMemory{Floats: make([]float32, n+1)}
+			}
+			c, err := TakeCapture(t.Context(), src, held, mem)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if mem.Floats != nil && mem.Floats[n] != 0 || mem.Halves != nil && mem.Halves[n] != 0 {
+				t.Errorf("%s: the capture is larger than CaptureElements says", held)
+			}
+			got, want := written(t, c, WriteOptions{DType: dtype}), written(t, src, WriteOptions{DType: dtype})
+			if !slices.Equal(slices.Sorted(maps.Keys(got)), slices.Sorted(maps.Keys(want))) {
+				t.Errorf("%s of %s: files %v", dtype, held, slices.Sorted(maps.Keys(got)))
+			}
+			for name := range want {
+				if !bytes.Equal(got[name], want[name]) {
+					t.Errorf("%s of %s: %s differs", dtype, held, name)
+				}
+			}
+		}
+	}
+}
+
+// large are weights of which one does not fit in a half float.
+type large struct{ model.Source }
+
+func (l large) Read(name string, dst *tensor.Dense) error {
+	err := l.Source.Read(name, dst)
+	if x := dst.Float32s(); name == "model.embed_tokens.weight" {
+		x[len(x)-1] = -7e4
+	}
+	return err
+}
+
+func TestCaptureRefuses(t *testing.T) {
+	src, err := model.NewRandom(model.Config{Type: "llama", Vocab: 70000, Hidden: 2, FFN: 2, Layers: 1, Heads: 1, KVHeads: 1, HeadDim: 2, MaxPositions: 8,
+		RopeTheta: 100, NormEps: 1e-5, Tied: true, BOS: -1}, 3)
+	if err != nil {
+		t.Fatal(err)
+	}
+	mem := CaptureMemory{Halves: make([]uint16, CaptureElements(src))}
+	if _, err := TakeCapture(t.Context(), large{src}, "F16", mem); !isCode(err, "dtype_overflow") {
+		t.Errorf("a value beyond float16: %v", err)
+	}
+	if _, err := TakeCapture(t.Context(), large{src}, "BF16", mem); err != nil {
+		t.Errorf("the same in bfloat16: %v", err)
+	}
+	if _, err := TakeCapture(t.Context(), src, "I8", mem); fault.KindOf(err) != fault.Invalid {
+		t.Errorf("an unknown dtype: %v", err)
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	cancel()
+	if _, err := TakeCapture(ctx, src, "BF16", mem); err == nil {
+		t.Error("a cancelled capture succeeds")
+	}
+}
+
+func isCode(err error, code string) bool {
+	f, ok := fault.As(err)
+	return ok && f.Code == code
+}
