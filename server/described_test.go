@@ -2,9 +2,12 @@ package server_test
 
 import (
 	"bytes"
+	"context"
+	"encoding/json"
 	"io"
 	"net/http"
 	"net/http/httptest"
+	"net/url"
 	"sort"
 	"strings"
 	"testing"
@@ -15,16 +18,18 @@ import (
 
 	"trainerd/kernels/cpu"
 	"trainerd/server"
+	"trainerd/server/servertest"
 	"trainerd/storage/disk"
 	"trainerd/trainer"
 )
 
 func init() {
+	servertest.DefaultWrap = described // every server of this package's tests is held to openapi.json
 	raw := func(body io.Reader, _ http.Header, _ *openapi3.SchemaRef, _ openapi3filter.EncodingFn) (any, error) {
 		data, err := io.ReadAll(body)
 		return string(data), err
 	}
-	for _, kind := range []string{"application/vnd.apache.arrow.stream", "application/octet-stream", "multipart/byteranges"} {
+	for _, kind := range []string{"application/vnd.apache.arrow.stream", "application/octet-stream", "multipart/byteranges", "application/vnd.trainerd.delta", "text/event-stream"} {
 		openapi3filter.RegisterBodyDecoder(kind, raw)
 	}
 }
@@ -41,7 +46,7 @@ func loadDescription(t testing.TB) *openapi3.T {
 	return doc
 }
 
-// match finds the described path that a request's path is an instance of. Fixed
+// match finds the described path that a request's path, as sent, is an instance of. Fixed
 // segments win over parameters, and a last parameter called name takes slashes.
 func match(doc *openapi3.T, path string) (pattern string, params map[string]string) {
 	patterns := doc.Paths.Keys()
@@ -57,7 +62,9 @@ func match(doc *openapi3.T, path string) (pattern string, params map[string]stri
 		params, ok := map[string]string{}, true
 		for i := range want {
 			if strings.HasPrefix(want[i], "{") {
-				params[strings.Trim(want[i], "{}")] = got[i]
+				if name, err := url.PathUnescape(got[i]); err == nil {
+					params[strings.Trim(want[i], "{}")] = name
+				}
 			} else {
 				ok = ok && want[i] == got[i]
 			}
@@ -94,45 +101,62 @@ func (w *tee) Flush()                      { http.NewResponseController(w.Respon
 // accepted must have been as described too.
 func described(t testing.TB) func(http.Handler) http.Handler {
 	doc := loadDescription(t)
-	return func(next http.Handler) http.Handler {
-		return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-			var sent bytes.Buffer
-			r.Body = struct {
-				io.Reader
-				io.Closer
-			}{io.TeeReader(r.Body, &sent), r.Body}
-			got := &tee{ResponseWriter: w, status: http.StatusOK}
-			request := r.Clone(r.Context())
-			next.ServeHTTP(got, r)
+	return func(next http.Handler) http.Handler { return held(t.Errorf, doc, next) }
+}
 
-			pattern, params := match(doc, r.URL.Path)
-			item := doc.Paths.Value(pattern)
-			if item == nil || item.GetOperation(r.Method) == nil {
-				if got.status != http.StatusNotFound && got.status != http.StatusMethodNotAllowed {
-					t.Errorf("%s %s answered %d and is not described", r.Method, r.URL.Path, got.status)
-				}
-				return
+// held is described with its failures reported to errorf.
+func held(errorf func(string, ...any), doc *openapi3.T, next http.Handler) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		var sent bytes.Buffer
+		r.Body = struct {
+			io.Reader
+			io.Closer
+		}{io.TeeReader(r.Body, &sent), r.Body}
+		got := &tee{ResponseWriter: w, status: http.StatusOK}
+		request := r.Clone(r.Context())
+		next.ServeHTTP(got, r)
+
+		id := got.Header().Get("X-Request-Id")
+		if id == "" {
+			errorf("%s %s answered %d without a request id", r.Method, r.URL.Path, got.status)
+		}
+		var p problem
+		isProblem := got.Header().Get("Content-Type") == "application/problem+json"
+		if isProblem && r.Method != http.MethodHead {
+			if err := json.Unmarshal(got.body.Bytes(), &p); err != nil || p.RequestID != id || p.Status != got.status || p.Type != "urn:trainerd:problem:"+p.Code {
+				errorf("%s %s answered %d with a problem that is not its own: %+v, %v", r.Method, r.URL.Path, got.status, p, err)
 			}
-			request.Body = io.NopCloser(&sent)
-			in := &openapi3filter.RequestValidationInput{
-				Request: request, PathParams: params,
-				Route: &routers.Route{Spec: doc, Path: pattern, PathItem: item, Method: r.Method, Operation: item.GetOperation(r.Method)},
-				// Who is let in is the guard's; see access_test.go.
-				Options: &openapi3filter.Options{IncludeResponseStatus: true, MultiError: true, AuthenticationFunc: openapi3filter.NoopAuthenticationFunc},
+		}
+		pattern, params := match(doc, r.URL.EscapedPath())
+		item := doc.Paths.Value(pattern)
+		if item == nil || item.GetOperation(r.Method) == nil {
+			if got.status != http.StatusNotFound && got.status != http.StatusMethodNotAllowed || !isProblem {
+				errorf("%s %s answered %d (%s) and is not described", r.Method, r.URL.Path, got.status, got.Header().Get("Content-Type"))
 			}
-			ctx := t.Context()
-			if got.status < 300 {
-				if err := openapi3filter.ValidateRequest(ctx, in); err != nil {
-					t.Errorf("%s %s was accepted and is not as described: %v", r.Method, r.URL, err)
-				}
+			return
+		}
+		if op := item.GetOperation(r.Method); got.status < 400 && op.Responses.Status(got.status) == nil {
+			errorf("%s %s answered %d, which is not described", r.Method, r.URL.Path, got.status)
+		}
+		request.Body = io.NopCloser(&sent)
+		in := &openapi3filter.RequestValidationInput{
+			Request: request, PathParams: params,
+			Route: &routers.Route{Spec: doc, Path: pattern, PathItem: item, Method: r.Method, Operation: item.GetOperation(r.Method)},
+			// Who is let in is the guard's; see access_test.go.
+			Options: &openapi3filter.Options{IncludeResponseStatus: true, MultiError: true, AuthenticationFunc: openapi3filter.NoopAuthenticationFunc},
+		}
+		ctx := context.Background() // the request's may have ended
+		if got.status < 300 {
+			if err := openapi3filter.ValidateRequest(ctx, in); err != nil {
+				errorf("%s %s was accepted and is not as described: %v", r.Method, r.URL, err)
 			}
-			out := &openapi3filter.ResponseValidationInput{RequestValidationInput: in, Status: got.status, Header: got.Header(), Options: in.Options}
-			out.SetBodyBytes(got.body.Bytes())
-			if err := openapi3filter.ValidateResponse(ctx, out); err != nil {
-				t.Errorf("%s %s answered %d, not as described: %v\n%.400s", r.Method, r.URL, got.status, err, got.body.String())
-			}
-		})
-	}
+		}
+		out := &openapi3filter.ResponseValidationInput{RequestValidationInput: in, Status: got.status, Header: got.Header(), Options: in.Options}
+		out.SetBodyBytes(got.body.Bytes())
+		if err := openapi3filter.ValidateResponse(ctx, out); err != nil {
+			errorf("%s %s answered %d, not as described: %v\n%.400s", r.Method, r.URL, got.status, err, got.body.String())
+		}
+	})
 }
 
 func TestRoutesAreDescribed(t *testing.T) {

@@ -43,11 +43,12 @@ func FuzzHTTP(f *testing.F) {
 		method, path, _ := strings.Cut(route, " ")
 		f.Add([]byte(method+" "+fill(path, ownJob)+"?wait=1s&after=1&limit=2 HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nIdempotency-Key: k\r\nRange: bytes=0-1\r\nContent-Length: 2\r\n\r\n{}"), byte(2))
 	}
-	doc, err := json.Marshal(e.JobDocument(2, nil))
+	doc := loadDescription(f)
+	job, err := json.Marshal(e.JobDocument(2, nil))
 	if err != nil {
 		f.Fatal(err)
 	}
-	f.Add(fmt.Appendf(nil, "POST /v1/jobs HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n%s", len(doc), doc), byte(2))
+	f.Add(fmt.Appendf(nil, "POST /v1/jobs HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n%s", len(job), job), byte(2))
 	f.Add([]byte("GET /v1/jobs/..%2f%00/events HTTP/1.0\r\nAccept: text/event-stream;q=0, */*\r\nX-Request-Id: \x7f\r\n\r\n"), byte(0))
 	f.Fuzz(func(t *testing.T, raw []byte, who byte) {
 		r, err := http.ReadRequest(bufio.NewReader(bytes.NewReader(raw)))
@@ -62,7 +63,7 @@ func FuzzHTTP(f *testing.F) {
 			r.Header.Set("Authorization", "Bearer "+admin)
 		}
 		w := httptest.NewRecorder()
-		e.Server.ServeHTTP(w, r)
+		held(t.Errorf, doc, e.Server).ServeHTTP(w, r)
 		open := r.URL.Path == "/healthz" || r.URL.Path == "/readyz" || r.URL.Path == "/openapi.json"
 		switch {
 		case w.Code >= 500:

@@ -57,7 +57,7 @@ func TestSecretsStayOut(t *testing.T) {
 			req.Header.Set(k, v)
 		}
 		w := httptest.NewRecorder()
-		g.Server.ServeHTTP(w, req)
+		g.Handler.ServeHTTP(w, req)
 		fmt.Fprintln(&seen, w.Code, w.Header(), w.Body)
 	}
 	job, err := c.Job(ctx, j.ID)

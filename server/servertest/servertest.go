@@ -49,6 +49,9 @@ func WriteModel(t testing.TB, cfg model.Config, seed uint64, dtype string) strin
 	return dir
 }
 
+// DefaultWrap, when set, wraps every server whose Options name no Wrap.
+var DefaultWrap func(testing.TB) func(http.Handler) http.Handler
+
 // Options change what Start builds. Zero values mean the defaults.
 type Options struct {
 	Limits       trainer.Limits
@@ -68,6 +71,7 @@ type Env struct {
 	URL      string
 	Manager  *trainer.Manager
 	Server   *server.Server
+	Handler  http.Handler // Server, with what is wrapped around it
 	ModelDir string
 	DataDir  string
 	StoreDir string
@@ -79,6 +83,9 @@ type Env struct {
 // Start boots a server that ends with the test.
 func Start(t testing.TB, o Options) *Env {
 	t.Helper()
+	if o.Wrap == nil && DefaultWrap != nil {
+		o.Wrap = DefaultWrap(t)
+	}
 	e := &Env{opts: o, ModelDir: o.ModelDir, DataDir: t.TempDir(), StoreDir: t.TempDir()}
 	if e.ModelDir == "" {
 		dtype := o.DType
@@ -117,10 +124,12 @@ func (e *Env) boot(t testing.TB, dev kernels.Device) {
 		t.Fatal(err)
 	}
 	e.Server = server.New(server.Options{Manager: e.Manager, Version: "test", Limits: e.opts.ServerLimits, Guard: e.opts.Guard, Logger: e.opts.Logger})
-	hs := e.Server.HTTPServer()
+	e.Handler = e.Server
 	if e.opts.Wrap != nil {
-		hs.Handler = e.opts.Wrap(e.Server)
+		e.Handler = e.opts.Wrap(e.Server)
 	}
+	hs := e.Server.HTTPServer()
+	hs.Handler = e.Handler
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)
