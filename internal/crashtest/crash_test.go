@@ -60,7 +60,7 @@ func schedule(n uint64, r *rand.Rand, power bool) (job int, out []strike) {
 	p := points[name]
 	cut := func() bool { return power && r.IntN(4) > 0 }
 	random := func() strike {
-		return strike{after: time.Duration(r.Int64N(int64(most))), early: r.IntN(8) == 0, power: cut()}
+		return strike{after: time.Duration(r.Int64N(int64(most))), early: r.IntN(12) == 0, power: cut()}
 	}
 	when := r.IntN(3)
 	if p.later || when == 1 && !strings.HasPrefix(name, "job.") { // a job is created in the first life only

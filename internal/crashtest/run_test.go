@@ -231,12 +231,12 @@ func (r run) do(t *tally, dir string) (out outcome, err error) {
 		if s.at != "" {
 			at = fmt.Sprintf("%s:%d", s.at, s.n)
 		}
-		p, err := start(cfg, dir, at, r.off)
+		p, err := start(cfg, dir, at, r.off, w.power)
 		if err != nil {
 			return out, err
 		}
 		if !s.early {
-			p.working()
+			p.working(func() bool { return r.done(w) })
 		}
 		r.await(ctx, w, p, s)
 		d, err := p.kill()
@@ -261,7 +261,7 @@ func (r run) do(t *tally, dir string) (out outcome, err error) {
 		}
 	}
 
-	p, err := start(cfg, dir, "", r.off)
+	p, err := start(cfg, dir, "", r.off, false)
 	if err != nil {
 		return out, err
 	}
@@ -281,7 +281,7 @@ func (r run) do(t *tally, dir string) (out outcome, err error) {
 	if _, err := p.kill(); err != nil {
 		return out, err
 	}
-	if p, err = start(cfg, dir, "", r.off); err != nil {
+	if p, err = start(cfg, dir, "", r.off, false); err != nil {
 		return out, err
 	}
 	if err := r.again(ctx, w, p, out); err != nil {

@@ -13,6 +13,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"syscall"
 	"testing"
@@ -87,8 +88,9 @@ type process struct {
 	err    error // of Wait; once ended is closed
 }
 
-// start runs the server. at is a point and its count ("" for none), off what is left out.
-func start(cfg serverConfig, scratch, at, off string) (*process, error) {
+// start runs the server. at is a point and its count ("" for none), off what is
+// left out; with power it keeps the image that a power cut needs.
+func start(cfg serverConfig, scratch, at, off string, power bool) (*process, error) {
 	raw, err := json.Marshal(cfg)
 	if err != nil {
 		return nil, err
@@ -99,7 +101,10 @@ func start(cfg serverConfig, scratch, at, off string) (*process, error) {
 	}
 	p.cmd = exec.Command(os.Args[0])
 	p.cmd.Env = append(os.Environ(), envServe+"="+string(raw), crashpoint.EnvPhases+"="+p.phases, crashpoint.EnvAt+"="+at,
-		crashpoint.EnvOff+"="+off, crashpoint.EnvShadow+"="+filepath.Join(scratch, "shadow"), "GOMAXPROCS=2")
+		crashpoint.EnvOff+"="+off, "GOMAXPROCS=2")
+	if power {
+		p.cmd.Env = append(p.cmd.Env, crashpoint.EnvShadow+"="+filepath.Join(scratch, "shadow"))
+	}
 	p.cmd.Stderr = p.log
 	if err := p.cmd.Start(); err != nil {
 		return nil, err
@@ -120,10 +125,11 @@ func (p *process) active() (in [crashpoint.Phases + 1]bool, err error) {
 	return in, nil
 }
 
-// working waits until the process is past its start, died or the time is over.
-func (p *process) working() {
+// working waits until the process is past its start and has begun to write or
+// to train, died, or has nothing to do.
+func (p *process) working(done func() bool) {
 	begun := false
-	for end := time.Now().Add(10 * time.Second); time.Now().Before(end); time.Sleep(time.Millisecond) {
+	for end := time.Now().Add(10 * time.Second); time.Now().Before(end) && !done(); time.Sleep(time.Millisecond) {
 		select {
 		case <-p.ended:
 			return
@@ -131,7 +137,7 @@ func (p *process) working() {
 		}
 		in, err := p.active()
 		starting := in[crashpoint.Boot] || in[crashpoint.Load] || in[crashpoint.Replay]
-		if err == nil && begun && !starting {
+		if err == nil && begun && !starting && slices.Contains(in[:crashpoint.Load], true) {
 			return
 		}
 		begun = begun || starting

@@ -94,7 +94,7 @@ func (w *witness) left() (names []string, err error) {
 func (w *witness) watchStatus(ctx context.Context) {
 	c := impatient(w.url)
 	step, policy, trained := int64(0), int64(-1), int64(0)
-	for ; ctx.Err() == nil; time.Sleep(3 * time.Millisecond) {
+	for ; ctx.Err() == nil; time.Sleep(5 * time.Millisecond) {
 		id := w.known()
 		if id == "" {
 			continue
@@ -132,7 +132,7 @@ func (w *witness) watchStatus(ctx context.Context) {
 func (w *witness) watchCheckpoints(ctx context.Context) {
 	c := impatient(w.url)
 	seen, served := int64(-1), int64(-1) // in the store, which is ahead of what is announced; over HTTP
-	for ; ctx.Err() == nil; time.Sleep(2 * time.Millisecond) {
+	for ; ctx.Err() == nil; time.Sleep(6 * time.Millisecond) {
 		id := w.known()
 		if id == "" {
 			continue
