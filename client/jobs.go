@@ -26,6 +26,7 @@ type Job struct {
 	Counts       Counts        `json:"counts"`
 	Architecture *Architecture `json:"architecture"` // nil until the server has read the model
 	Publication  Publication   `json:"publication"`
+	Resident     bool          `json:"resident"` // the model is on the device now, not in host memory
 	LastError    *JobError     `json:"last_error"`
 	Document     json.RawMessage
 }

@@ -77,6 +77,15 @@ var jobMeters = []jobMeter{
 	gauge("trainerd_queue_tokens", "Tokens that wait, each prompt once.", func(s trainer.JobStats) float64 { return float64(s.Queue.Tokens) }),
 	gauge("trainerd_queue_groups_complete", "Complete groups that wait.", func(s trainer.JobStats) float64 { return float64(s.Queue.GroupsComplete) }),
 	gauge("trainerd_queue_groups_open", "Groups that wait for rows.", func(s trainer.JobStats) float64 { return float64(s.Queue.GroupsOpen) }),
+	counter("trainerd_swaps_in_total", "Times that the job's model came back to the device from host memory.", func(s trainer.JobStats) float64 { return float64(s.SwapsIn) }),
+	counter("trainerd_swaps_out_total", "Times that the job's model left the device for another's.", func(s trainer.JobStats) float64 { return float64(s.SwapsOut) }),
+	counter("trainerd_swap_seconds_total", "Time that the device spent on moving the job's model.", func(s trainer.JobStats) float64 { return s.SwapSeconds }),
+	gauge("trainerd_resident", "1 while the job's model is on the device.", func(s trainer.JobStats) float64 {
+		if s.Resident {
+			return 1
+		}
+		return 0
+	}),
 	gauge("trainerd_memory_plan_bytes", "Device memory held by the job.", func(s trainer.JobStats) float64 { return float64(s.PlanBytes) }),
 }
 
@@ -86,6 +95,8 @@ var (
 	descFailing = prometheus.NewDesc("trainerd_job_failing", "1 while a job's work fails and is tried again, by the code of its last error.", []string{"job", "code"}, nil)
 	descDisk    = prometheus.NewDesc("trainerd_data_disk_failing", "1 while the data directory takes no writes.", nil, nil)
 	descDiskErr = prometheus.NewDesc("trainerd_data_disk_errors_total", "Writes to the data directory that failed.", nil, nil)
+	descLost    = prometheus.NewDesc("trainerd_device_lost_total", "Times that the device was lost and given up.", nil, nil)
+	descSwapped = prometheus.NewDesc("trainerd_swapped_bytes", "Host memory of models that are off the device.", nil, nil)
 	descDevice  = prometheus.NewDesc("trainerd_device_queue", "Pieces of device work that wait.", nil, nil)
 )
 
@@ -103,6 +114,8 @@ func (*jobCollector) Describe(out chan<- *prometheus.Desc) {
 	out <- descFailing
 	out <- descDisk
 	out <- descDiskErr
+	out <- descLost
+	out <- descSwapped
 }
 
 // Collect implements prometheus.Collector.
@@ -133,5 +146,7 @@ func (c *jobCollector) Collect(out chan<- prometheus.Metric) {
 	}
 	out <- prometheus.MustNewConstMetric(descDisk, prometheus.GaugeValue, failing)
 	out <- prometheus.MustNewConstMetric(descDiskErr, prometheus.CounterValue, float64(stats.DiskErrors))
+	out <- prometheus.MustNewConstMetric(descLost, prometheus.CounterValue, float64(stats.DeviceLost))
+	out <- prometheus.MustNewConstMetric(descSwapped, prometheus.GaugeValue, float64(stats.SwapBytes))
 	out <- prometheus.MustNewConstMetric(descDevice, prometheus.GaugeValue, float64(stats.DeviceQueue))
 }

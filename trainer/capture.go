@@ -106,11 +106,13 @@ func (j *Job) capture(ctx context.Context, snapshot bool) (*content, error) {
 // hostFree is how much host memory a capture may take besides what jobs on a CPU
 // device are promised. With another device only the limit bounds captures.
 func (m *Manager) hostFree() int64 {
-	info := m.opts.Device.Info()
-	if info.Name != "cpu" {
+	dev, err := m.device()
+	if err != nil {
+		return 0
+	}
+	info := dev.Info()
+	if info.Name != "cpu" || m.opts.DeviceMemory > 0 { // which leaves host memory for this
 		return m.captures.limit
 	}
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	return m.room("", info.MemFree)
+	return m.home.spare(info.MemFree)
 }

@@ -109,7 +109,7 @@ func (j *Job) launch(ctx context.Context, snapshot func() bool, retry, own bool)
 			j.land(f, f.man, err)
 		}
 	}()
-	err = j.m.exec.Do(ctx, lane{j.ID, laneTrain}, func() error {
+	err = j.withModel(ctx, laneTrain, func() error {
 		if j.model == nil {
 			return fault.New(fault.Unavailable, "not_loaded", "publish: the job's model is not on the device")
 		}

@@ -52,7 +52,7 @@ func (j *Job) Sample(ctx context.Context, r SampleRequest) (SampleResult, error)
 	}
 	res := SampleResult{Seed: g.Seed}
 	var done []model.Completion
-	err = j.m.exec.Do(ctx, lane{j.ID, laneRequest}, func() error {
+	err = j.withModel(ctx, laneRequest, func() error {
 		if j.model == nil {
 			return j.notLoaded("sample")
 		}
@@ -183,7 +183,7 @@ func (j *Job) LogProbs(ctx context.Context, body []byte) (rows []arrowio.ScoreRo
 	}
 	began := time.Now()
 	var scores []model.Scores
-	err = j.m.exec.Do(ctx, lane{j.ID, laneRequest}, func() error {
+	err = j.withModel(ctx, laneRequest, func() error {
 		if j.engine == nil {
 			return j.notLoaded("score")
 		}

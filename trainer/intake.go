@@ -175,7 +175,7 @@ func (j *Job) check(ctx context.Context, b *rollout.Batch, digest string) (meta 
 	defer end(&err)
 	j.mu.Lock()
 	defer j.mu.Unlock()
-	if j.state.Final() {
+	if j.state.Final() || !j.fed {
 		return rolloutMeta{}, j.wrongState("accept rollouts")
 	}
 	if err := b.CheckPolicySteps(j.rec.Step); err != nil {

@@ -61,6 +61,7 @@ type Job struct {
 	drain   drain
 
 	loaded atomic.Bool // model is not nil
+	lost   bool        // so was the device that had the model: the job has to load again; guarded by mu
 
 	// device state: touched by device work only
 	model   *model.Model
@@ -254,12 +255,12 @@ func (j *Job) dropQueue(reason string) {
 
 // fail ends the job because of an error of its own.
 func (j *Job) fail(cause error) {
-	j.m.log.Error("job failed", "job", j.ID, "err", cause)
 	j.intake.Lock()
 	defer j.intake.Unlock()
 	j.mu.Lock()
 	defer j.mu.Unlock()
 	if !j.state.Final() {
+		j.m.log.Error("job failed", "job", j.ID, "err", cause)
 		j.end(Failed, cause)
 	}
 }
@@ -306,7 +307,7 @@ func (j *Job) failing() *LastError {
 // unload frees the job's device memory. It may be called again.
 func (j *Job) unload(ctx context.Context) {
 	err := j.m.exec.Do(context.WithoutCancel(ctx), lane{j.ID, laneTrain}, func() error {
-		defer j.m.release(j.ID)
+		defer j.m.home.drop(j.ID)
 		defer j.loaded.Store(false)
 		j.engine = nil
 		if j.model == nil {
@@ -357,6 +358,8 @@ type jobCounts struct {
 	PublishedBytes                                               int64
 	PublishedSync, PublishRetries, PublishWaits                  int64
 	CaptureSeconds, PublishWaitSeconds, DelaySeconds             float64
+	SwapsIn, SwapsOut                                            int64
+	SwapSeconds                                                  float64
 }
 
 // Architecture is what a worker must know of a job's model.
@@ -383,6 +386,7 @@ type Status struct {
 	Counts       Counts        `json:"counts"`
 	Architecture *Architecture `json:"architecture"` // null until the source was read
 	MemoryPlan   *kernels.Plan `json:"memory_plan"`  // null until the model is loaded
+	Resident     bool          `json:"resident"`     // the model is on the device now
 	Publication  Publication   `json:"publication"`
 	LastError    *LastError    `json:"last_error"`
 }
@@ -403,6 +407,7 @@ func (j *Job) Status() Status {
 	if j.returning {
 		s.State = Loading // its counts are not known again yet
 	}
+	_, s.Resident = j.m.home.resident(j.ID)
 	if cfg := j.rec.Model; cfg.Vocab > 0 {
 		s.Architecture = &Architecture{Type: cfg.Type, Vocab: cfg.Vocab, MaxPositions: cfg.MaxPositions, MaxSequence: j.maxSequence(),
 			BOS: cfg.BOS, EOS: cfg.EOS, DType: j.rec.DType}

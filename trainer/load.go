@@ -217,55 +217,36 @@ func (s *Spec) modelOptions() model.Options {
 	return o
 }
 
-// fit makes sure that the device has room for a job and reserves it for as long
-// as the job is loaded. Finished jobs give theirs up, oldest first, before a job is refused.
+// fit makes sure that there is a place for a job's model, on the device or in
+// host memory while others are there, and promises it for as long as the job is
+// loaded. Finished jobs give theirs up, oldest first, before a job is refused.
 func (m *Manager) fit(ctx context.Context, id JobID, spec *Spec, base *baseModel) error {
 	for {
 		var plan kernels.Plan
-		err := m.exec.Do(ctx, lane{id, laneTrain}, func() (err error) {
-			plan, err = model.Plan(m.opts.Device, base.config(), spec.modelOptions())
+		var state int64
+		err := m.exec.Do(ctx, lane{id, laneTrain}, func() error {
+			dev, err := m.device()
+			if err != nil {
+				return err
+			}
+			if plan, err = model.Plan(dev, base.config(), spec.modelOptions()); err != nil {
+				return err
+			}
+			state, err = model.HostBytes(dev, base.config(), spec.modelOptions())
 			return err
 		})
 		if err != nil {
 			return fmt.Errorf("plan memory: %w", err)
 		}
-		m.mu.Lock()
-		plan.Free = m.room(id, plan.Free)
-		if plan.Fits() {
-			m.reserved[id] = plan.Total
-			m.mu.Unlock()
+		room, alone, ok := m.home.admit(id, plan.Total, state, plan.Free)
+		if ok {
 			return nil
 		}
-		m.mu.Unlock()
-		if !m.evictFinished(ctx) {
-			return m.refuse(ctx, id, spec, base, plan)
+		plan.Free = room
+		if alone || !m.evictFinished(ctx) {
+			return m.refuse(ctx, id, spec, base, plan, alone)
 		}
 	}
-}
-
-// room is what a job may plan with: what the device says is free less what is
-// promised to jobs that have not allocated it yet, and never more than the
-// budget less all promises, since memory that a job has allocated and not
-// touched may still look free. Called with mu held.
-func (m *Manager) room(id JobID, free int64) int64 {
-	left := m.budget
-	for other, bytes := range m.reserved {
-		if other == id {
-			continue
-		}
-		left -= bytes
-		if j := m.jobs[other]; j == nil || !j.loaded.Load() {
-			free -= bytes
-		}
-	}
-	return max(0, min(free, left))
-}
-
-// release gives a reservation back.
-func (m *Manager) release(id JobID) {
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	delete(m.reserved, id)
 }
 
 // evictFinished frees the model of the oldest finished job that holds one.
@@ -281,18 +262,25 @@ func (m *Manager) evictFinished(ctx context.Context) bool {
 }
 
 // refuse explains with the plan why a job does not fit, and names what would.
-func (m *Manager) refuse(ctx context.Context, id JobID, spec *Spec, base *baseModel, plan kernels.Plan) error {
+func (m *Manager) refuse(ctx context.Context, id JobID, spec *Spec, base *baseModel, plan kernels.Plan, alone bool) error {
 	expected := fmt.Sprintf("a smaller model: %d bytes are free", plan.Free)
 	try := *spec
 	fits := func() bool {
 		var p kernels.Plan
 		err := m.exec.Do(ctx, lane{id, laneTrain}, func() (err error) {
-			p, err = model.Plan(m.opts.Device, base.config(), try.modelOptions())
+			dev, err := m.device()
+			if err == nil {
+				p, err = model.Plan(dev, base.config(), try.modelOptions())
+			}
 			return err
 		})
 		return err == nil && p.Total <= plan.Free
 	}
 	e := &fault.Error{Kind: fault.Invalid, Code: "does_not_fit", Msg: "the job does not fit on the device (" + plan.String() + ")"}
+	if !alone {
+		e.Msg = fmt.Sprintf("the job does not fit on the device beside the others (%s), and host memory for models that are off the device (swap_memory, %d bytes) does not hold them all",
+			plan.String(), m.home.host)
+	}
 	for try.Batch.MaxTokens > 64 {
 		try.Batch.MaxTokens /= 2
 		if fits() {

@@ -12,6 +12,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"go.opentelemetry.io/otel/trace"
@@ -66,9 +67,21 @@ func (l Limits) withDefaults() Limits {
 
 // Options are what a Manager is made of. Device, DataDir and Store are required.
 type Options struct {
-	Device  kernels.Device // used by the manager alone until Close returned; the caller closes it
-	DataDir string         // database, spools and pulled base models
-	Store   storage.Blob   // checkpoints
+	Device kernels.Device // used by the manager alone until Close returned; then the caller closes Manager.Device
+	// Reopen opens the same device again, after it was lost and closed. nil: jobs
+	// wait for a restart then.
+	Reopen func() (kernels.Device, error)
+	// DeviceMemory is the most bytes that models take on the device together;
+	// 0: what it has free when the manager begins.
+	DeviceMemory int64
+	// SwapMemory is the most bytes of host memory for models of jobs that do not
+	// fit on the device together; 0: such jobs are refused.
+	SwapMemory int64
+	// SwapHold is how long a model that came to the device stays while its job has
+	// work and others wait; at least for one piece of work. 0: that piece only.
+	SwapHold time.Duration
+	DataDir  string       // database, spools and pulled base models
+	Store    storage.Blob // checkpoints
 	// OpenStore opens the store of an s3:// model source, rooted at the source's
 	// prefix. nil: such sources are refused.
 	OpenStore func(ctx context.Context, url string) (storage.Blob, error)
@@ -97,15 +110,20 @@ type Manager struct {
 	// captures counts host memory of publications under way.
 	captures captureBudget
 
-	creating sync.Mutex // serialises Create
+	home     *residence
+	losses   atomic.Int64 // of the device
+	creating sync.Mutex   // serialises Create
 
-	mu       sync.Mutex
-	jobs     map[JobID]*Job
-	reserved map[JobID]int64 // planned bytes of jobs that are loaded or about to be
-	budget   int64           // bytes that were free when the manager began
-	closing  bool
-	closed   chan struct{}  // closed when Close begins
-	running  sync.WaitGroup // goroutines of jobs
+	// of the device's goroutine
+	proven  bool  // a piece of work succeeded since the device was opened
+	suspect JobID // whose work lost the device before anything succeeded on it
+
+	mu      sync.Mutex
+	jobs    map[JobID]*Job
+	dev     kernels.Device // nil once it is lost, until it is opened anew
+	closing bool
+	closed  chan struct{}  // closed when Close begins
+	running sync.WaitGroup // goroutines of jobs
 }
 
 // NewManager opens the records below DataDir and starts the jobs found there.
@@ -132,13 +150,19 @@ func NewManager(o Options) (*Manager, error) {
 	}
 	limits := o.Limits.withDefaults()
 	m := &Manager{
-		opts: o, limits: limits, log: o.Logger, db: db, exec: newExecutor().start(),
+		opts: o, limits: limits, log: o.Logger, db: db, exec: newExecutor(), dev: o.Device,
 		ckpts: storage.Checkpoints{Blob: o.Store}, leases: leases, decode: make(chan struct{}, limits.Decoders),
-		jobs: map[JobID]*Job{}, reserved: map[JobID]int64{}, closed: make(chan struct{}),
+		jobs: map[JobID]*Job{}, closed: make(chan struct{}),
 		disk: openDataDisk(o.DataDir),
 	}
-	m.budget = o.Device.Info().MemFree
 	m.captures.limit = limits.MaxCaptureBytes
+	budget := o.Device.Info().MemFree
+	if o.DeviceMemory > 0 {
+		budget = min(budget, o.DeviceMemory)
+	}
+	m.home = newResidence(budget, o.SwapMemory, o.SwapHold)
+	m.exec.barred = m.home.barred
+	m.exec.start()
 	slices.SortFunc(found, func(a, b jobRecord) int { return a.Created.Compare(b.Created) })
 	for _, rec := range found {
 		m.jobs[rec.ID] = m.newJob(rec)
@@ -202,7 +226,7 @@ func (m *Manager) Create(ctx context.Context, body []byte, key string) (job *Job
 	defer func() {
 		if !kept {
 			base.close()
-			m.release(rec.ID)
+			m.home.drop(rec.ID)
 			os.RemoveAll(m.jobDir(rec.ID))
 		}
 	}()

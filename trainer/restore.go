@@ -11,6 +11,7 @@ import (
 
 	"trainerd/internal/crashpoint"
 	"trainerd/internal/fault"
+	"trainerd/kernels"
 	"trainerd/model"
 	"trainerd/model/hf"
 	"trainerd/rollout/spool"
@@ -158,8 +159,8 @@ func (j *Job) place(ctx context.Context, base *baseModel, snap *storage.Manifest
 		defer opened.Close()
 		src = opened
 	}
-	return j.m.exec.Do(ctx, lane{j.ID, laneTrain}, func() (err error) {
-		j.model, err = model.Load(ctx, j.m.opts.Device, src, j.spec.modelOptions())
+	return j.settleIn(ctx, func(dev kernels.Device) (err error) {
+		j.model, err = model.Load(ctx, dev, src, j.spec.modelOptions())
 		if err != nil {
 			j.model = nil
 			return err
@@ -171,6 +172,7 @@ func (j *Job) place(ctx context.Context, base *baseModel, snap *storage.Manifest
 				j.loaded.Store(false)
 			}
 		}()
+		j.weights = 0
 		if snap != nil {
 			if err := j.restoreState(ctx, *snap); err != nil {
 				return err
@@ -304,7 +306,7 @@ func (s *stepReader) repeat(ctx context.Context, rec StepRecord) error {
 	if rec.Step > s.replayFrom {
 		crashpoint.Reach("replay.step")
 		var again StepRecord
-		err := j.m.exec.Do(ctx, lane{j.ID, laneTrain}, func() (err error) {
+		err := j.withModel(ctx, laneTrain, func() (err error) {
 			again, err = j.compute(ctx, c)
 			return err
 		})

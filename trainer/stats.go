@@ -8,9 +8,13 @@ type JobStats struct {
 	PolicyStep int64
 	Queue      Queue
 	Counts     Counts
-	PlanBytes  int64
+	PlanBytes  int64 // device bytes; 0 while the model is off the device
 	Loaded     bool
 	Failing    string // code of what goes wrong at present, "" for nothing
+	Resident   bool
+
+	SwapsIn, SwapsOut int64
+	SwapSeconds       float64
 
 	Steps, Published, SampledTokens, ScoredTokens, TrainedTokens int64
 	StepSeconds, PublishSeconds                                  float64
@@ -23,19 +27,19 @@ type Stats struct {
 	DeviceQueue int        // pieces of device work that wait
 	DiskFailing bool       // the data directory takes no writes at present
 	DiskErrors  int64      // writes to it that failed
+	DeviceLost  int64      // times that the device was lost
+	SwapBytes   int64      // host memory of models off the device
 }
 
 // Stats returns the numbers of now.
 func (m *Manager) Stats() Stats {
-	s := Stats{DeviceQueue: m.exec.Depth()}
+	s := Stats{DeviceQueue: m.exec.Depth(), DeviceLost: m.losses.Load(), SwapBytes: m.home.swapped()}
 	disk, n := m.disk.state()
 	s.DiskFailing, s.DiskErrors = disk != nil, n
 	for _, j := range m.Jobs() {
 		st := j.Status()
 		js := JobStats{ID: j.ID, State: st.State, Step: st.Step, PolicyStep: st.PolicyStep, Queue: st.Queue, Counts: st.Counts, Loaded: j.loaded.Load()}
-		if st.MemoryPlan != nil && js.Loaded {
-			js.PlanBytes = st.MemoryPlan.Total
-		}
+		js.PlanBytes, js.Resident = m.home.resident(j.ID)
 		if e := j.failing(); e != nil {
 			js.Failing = e.Code
 		}
@@ -43,6 +47,7 @@ func (m *Manager) Stats() Stats {
 		c := j.counts
 		j.mu.Unlock()
 		js.Steps, js.Published, js.SampledTokens, js.ScoredTokens, js.TrainedTokens = c.Steps, c.Published, c.SampledTokens, c.ScoredTokens, c.TrainedTokens
+		js.SwapsIn, js.SwapsOut, js.SwapSeconds = c.SwapsIn, c.SwapsOut, c.SwapSeconds
 		js.StepSeconds, js.PublishSeconds, js.PublishedBytes = c.StepSeconds, c.PublishSeconds, c.PublishedBytes
 		s.Jobs = append(s.Jobs, js)
 	}

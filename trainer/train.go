@@ -29,6 +29,26 @@ func (j *Job) run(ctx context.Context, base *baseModel, restored bool) {
 	if j.State().Final() {
 		return
 	}
+	err := j.live(ctx, base, restored)
+	for errors.Is(err, errReload) && ctx.Err() == nil && !j.State().Final() {
+		if err = j.unsettle(ctx); err == nil {
+			err = j.live(ctx, nil, true)
+		}
+	}
+	switch {
+	case err == nil, ctx.Err() != nil, errors.Is(err, errClosed):
+	default:
+		j.fail(err)
+	}
+	if s := j.State(); s == Failed || s == Cancelled {
+		j.unload(ctx) // and give the reservation back
+	}
+	j.m.exec.Rest(j.ID)
+	j.awaitFlight(context.WithoutCancel(ctx)) // it ends when the store takes it, by kill or by Close
+}
+
+// live is the job's life on one opening of the device.
+func (j *Job) live(ctx context.Context, base *baseModel, restored bool) error {
 	var snap *storage.Manifest
 	var queue *queueState
 	err := j.patiently(ctx, func() (err error) {
@@ -47,16 +67,7 @@ func (j *Job) run(ctx context.Context, base *baseModel, restored bool) {
 	for more := true; more && err == nil && !j.State().Final(); {
 		more, err = j.advance(ctx)
 	}
-	switch {
-	case err == nil, ctx.Err() != nil, errors.Is(err, errClosed):
-	default:
-		j.fail(err)
-	}
-	if s := j.State(); s == Failed || s == Cancelled {
-		j.unload(ctx) // and give the reservation back
-	}
-	j.m.exec.Rest(j.ID)
-	j.awaitFlight(context.WithoutCancel(ctx)) // it ends when the store takes it, by kill or by Close
+	return err
 }
 
 // patiently repeats what fails because a dependency is unavailable, with growing
@@ -72,6 +83,9 @@ func (j *Job) patiently(ctx context.Context, do func() error) error {
 		}
 		if err == nil || ctx.Err() != nil || errors.Is(err, errClosed) || fault.KindOf(err) != fault.Unavailable {
 			return err
+		}
+		if j.isLost() { // trying again would not help
+			return errReload
 		}
 		j.note(err)
 		code = lastError(err).Code
@@ -104,6 +118,9 @@ const (
 // advance does the job's next piece of work, or waits for a reason to do one.
 // more is false when the manager closes.
 func (j *Job) advance(ctx context.Context) (more bool, err error) {
+	if j.isLost() {
+		return false, errReload
+	}
 	act, alarm := j.decide()
 	j.hold(act, time.Now())
 	switch act {
@@ -237,7 +254,7 @@ func (j *Job) step(ctx context.Context) (err error) {
 	defer end(&err)
 	var rec StepRecord
 	var unrecorded error
-	err = j.m.exec.Do(ctx, lane{j.ID, laneTrain}, func() error {
+	err = j.withModel(ctx, laneTrain, func() error {
 		var err error
 		if rec, err = j.compute(ctx, c); err != nil {
 			return err
