@@ -75,6 +75,12 @@ func (c *Client) Newer(ctx context.Context, job string, after int64, wait time.D
 // File reads n bytes of a checkpoint's file from off (n < 0: to the end). What
 // was read is not verified; see Pull.
 func (c *Client) File(ctx context.Context, job string, step int64, name string, off, n int64) (io.ReadCloser, error) {
+	return c.file(ctx, job, step, name, off, n, false)
+}
+
+// file reads a file through the server, or with direct from wherever the server
+// says that its store has it.
+func (c *Client) file(ctx context.Context, job string, step int64, name string, off, n int64, direct bool) (io.ReadCloser, error) {
 	if n == 0 {
 		return io.NopCloser(strings.NewReader("")), nil
 	}
@@ -90,6 +96,9 @@ func (c *Client) File(ctx context.Context, job string, step int64, name string, 
 		}
 		k.header = http.Header{"Range": {span}}
 	}
+	if direct {
+		k.query, k.elsewhere = url.Values{"redirect": {"true"}}, true
+	}
 	res, err := c.do(ctx, k)
 	if err != nil {
 		return nil, err
@@ -101,25 +110,120 @@ func (c *Client) File(ctx context.Context, job string, step int64, name string, 
 	return res.Body, nil
 }
 
+// Delta opens what turns the files of step from into those of step to: a stream
+// for package storage/delta.
+func (c *Client) Delta(ctx context.Context, job string, from, to int64) (io.ReadCloser, error) {
+	res, err := c.do(ctx, get(jobPath(job, "checkpoints", strconv.FormatInt(to, 10), "delta"), url.Values{"from": {strconv.FormatInt(from, 10)}}))
+	if err != nil {
+		return nil, err
+	}
+	return res.Body, nil
+}
+
+// PullOptions change how Pull works.
+type PullOptions struct {
+	Holder string        // of the lease that keeps the checkpoint meanwhile; "": "pull"
+	Delta  bool          // fetch what changed since the checkpoint that lies in the directory, where that can be had
+	Direct bool          // fetch files from the store itself where the server hands out such addresses
+	Note   func(error)   // hears what cost time and did no harm: no lease, no delta. nil: nobody does
+	Lease  time.Duration // how long the lease lasts without a renewal; default 2 min
+}
+
 // Pull brings the Hugging Face directory of a step's checkpoint (Latest: the
 // newest) into dir: every file is verified against the manifest, then dir is
 // swapped in atomically. See storage.Checkpoints.Pull.
 func (c *Client) Pull(ctx context.Context, job string, step int64, dir string) (storage.Manifest, error) {
+	m, _, err := c.PullWith(ctx, job, step, dir, PullOptions{})
+	return m, err
+}
+
+// PullWith is Pull with options. While it works it holds a lease, so that
+// retention does not take the checkpoint away; where none can be had it goes on
+// without, unless the reason is that the checkpoint is gone.
+func (c *Client) PullWith(ctx context.Context, job string, step int64, dir string, o PullOptions) (storage.Manifest, storage.PullStats, error) {
+	note := func(err error) {
+		if o.Note != nil {
+			o.Note(err)
+		}
+	}
 	m, err := c.Checkpoint(ctx, job, step)
 	if err != nil {
-		return m, err
+		return m, storage.PullStats{}, err
 	}
 	if m.Job != job {
-		return m, fmt.Errorf("pull job %s: the server answered a manifest of job %s", job, m.Job)
+		return m, storage.PullStats{}, fmt.Errorf("pull job %s: the server answered a manifest of job %s", job, m.Job)
 	}
-	return m, storage.Checkpoints{Blob: fileBlob{c: c, m: m}}.Pull(ctx, m, "hf/", dir)
+	release, err := c.hold(ctx, job, m.Step, o, note)
+	if err != nil {
+		return m, storage.PullStats{}, err
+	}
+	defer release()
+	if m, err = c.Checkpoint(ctx, job, m.Step); err != nil { // a newer attempt may have come before the lease
+		return m, storage.PullStats{}, err
+	}
+	po := storage.PullOptions{Failed: note}
+	if o.Delta {
+		po.Delta = func(ctx context.Context, from storage.Pulled) (io.ReadCloser, error) {
+			return c.Delta(ctx, job, from.Step, m.Step)
+		}
+	}
+	stats, err := storage.Checkpoints{Blob: fileBlob{c: c, m: m, direct: o.Direct}}.PullWith(ctx, m, "hf/", dir, po)
+	return m, stats, err
+}
+
+// hold takes a lease and renews it until release is called.
+func (c *Client) hold(ctx context.Context, job string, step int64, o PullOptions, note func(error)) (release func(), err error) {
+	holder, ttl := o.Holder, o.Lease
+	if holder == "" {
+		holder = "pull"
+	}
+	if ttl <= 0 {
+		ttl = 2 * time.Minute
+	}
+	l, err := c.once().Lease(ctx, job, step, holder, ttl)
+	switch code := Code(err); {
+	case err == nil:
+	case code == "checkpoint_not_found", code == "checkpoint_going", code == "job_not_found", ctx.Err() != nil:
+		return nil, err
+	default:
+		note(fmt.Errorf("pull without a lease: %w", err))
+		return func() {}, nil
+	}
+	ctx, cancel := context.WithCancel(ctx)
+	ended := make(chan struct{})
+	go func() {
+		defer close(ended)
+		for {
+			select {
+			case <-time.After(ttl / 3):
+			case <-ctx.Done():
+				return
+			}
+			renewed, err := c.Renew(ctx, job, l, ttl)
+			if err == nil {
+				l = renewed
+			} else if ctx.Err() == nil {
+				note(fmt.Errorf("renew the lease: %w", err))
+			}
+		}
+	}()
+	return func() {
+		cancel()
+		<-ended
+		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), 5*time.Second)
+		defer cancel()
+		if err := c.once().Release(ctx, job, l); err != nil {
+			note(fmt.Errorf("release the lease: %w", err)) // it ends by itself
+		}
+	}, nil
 }
 
 // fileBlob shows the files of one checkpoint over HTTP as the objects of a store
 // that can only be read, which is what Pull needs of one.
 type fileBlob struct {
-	c *Client
-	m storage.Manifest
+	c      *Client
+	m      storage.Manifest
+	direct bool
 }
 
 // Get implements storage.Blob.
@@ -128,7 +232,7 @@ func (b fileBlob) Get(ctx context.Context, key string, off, n int64) (io.ReadClo
 	if err != nil {
 		return nil, storage.Info{}, err
 	}
-	r, err := b.c.File(ctx, b.m.Job, b.m.Step, strings.TrimPrefix(key, b.m.Prefix+"/"), off, n)
+	r, err := b.c.file(ctx, b.m.Job, b.m.Step, strings.TrimPrefix(key, b.m.Prefix+"/"), off, n, b.direct)
 	return r, info, err
 }
 

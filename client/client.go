@@ -109,6 +109,7 @@ type call struct {
 	contentType  string
 	header       http.Header
 	key          string // Idempotency-Key
+	elsewhere    bool   // a redirect leads to a store, which gets no token
 }
 
 // safe says whether sending the call again cannot do anything twice.
@@ -194,15 +195,64 @@ func (c *Client) send(ctx context.Context, k call) (*http.Response, error) {
 	if c.opts.Token != "" {
 		req.Header.Set("Authorization", "Bearer "+c.opts.Token)
 	}
-	res, err := c.opts.HTTP.Do(req)
+	client := c.opts.HTTP
+	if k.elsewhere {
+		stay := *client
+		stay.CheckRedirect = func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse }
+		client = &stay
+	}
+	res, err := client.Do(req)
 	if err != nil {
 		return nil, err
+	}
+	if k.elsewhere && res.StatusCode == http.StatusTemporaryRedirect {
+		res.Body.Close()
+		return c.sendElsewhere(ctx, res.Header.Get("Location"), k)
 	}
 	if res.StatusCode < 300 || res.StatusCode == http.StatusNotModified {
 		return res, nil
 	}
 	defer res.Body.Close()
 	return nil, refusal(res)
+}
+
+// elsewhere is the client for addresses that a server hands out. They say themselves
+// who may read; neither tokens nor certificates go there.
+var elsewhere = &http.Client{}
+
+func (c *Client) sendElsewhere(ctx context.Context, address string, k call) (*http.Response, error) {
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, address, nil)
+	if err != nil {
+		return nil, fmt.Errorf("follow the server to its store: %w", withoutQuery(err))
+	}
+	for name, values := range k.header {
+		req.Header[name] = values
+	}
+	res, err := elsewhere.Do(req)
+	if err != nil {
+		return nil, fmt.Errorf("follow the server to its store: %w", withoutQuery(err))
+	}
+	if res.StatusCode < 300 {
+		return res, nil
+	}
+	defer res.Body.Close()
+	return nil, refusal(res)
+}
+
+// withoutQuery keeps a signed address out of errors: whoever has it may read.
+func withoutQuery(err error) error {
+	var u *url.Error
+	if errors.As(err, &u) {
+		u.URL, _, _ = strings.Cut(u.URL, "?")
+	}
+	return err
+}
+
+// once is the client without repetitions, for calls that may as well fail.
+func (c *Client) once() *Client {
+	o := c.opts
+	o.Retries = -1
+	return &Client{base: c.base, opts: o}
 }
 
 // maxProblem bounds what is read of a refusal.

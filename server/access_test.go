@@ -52,6 +52,7 @@ var mayUse = map[string]string{
 	"GET /v1/jobs/{job}/checkpoints/{step}/leases":            "ra",
 	"PUT /v1/jobs/{job}/checkpoints/{step}/leases/{lease}":    "ra",
 	"DELETE /v1/jobs/{job}/checkpoints/{step}/leases/{lease}": "ra",
+	"GET /v1/jobs/{job}/checkpoints/{step}/delta":             "ra",
 	"PUT /v1/jobs/{job}/nodes/{node}":                         "ra",
 	"GET /v1/jobs/{job}/nodes":                                "ra",
 }

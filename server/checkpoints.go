@@ -4,6 +4,7 @@ import (
 	"context"
 	"encoding/base64"
 	"encoding/hex"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -92,7 +93,7 @@ func manifestTag(m storage.Manifest) string { return fmt.Sprintf(`"%d-%d"`, m.St
 
 // latestCheckpoint answers the newest checkpoint. With after, or with the ETag
 // of what the client has, it waits up to wait for a newer one and answers 304
-// when none came.
+// when none came. As text/event-stream it answers every newer one.
 func (s *Server) latestCheckpoint(c echo.Context) error {
 	job, err := s.job(c)
 	if err != nil {
@@ -105,6 +106,14 @@ func (s *Server) latestCheckpoint(c echo.Context) error {
 	wait, err := s.queryWait(c)
 	if err != nil {
 		return err
+	}
+	c.Response().Header().Set("Vary", "Accept")
+	kind, err := negotiate(c, "application/json", "text/event-stream")
+	if err != nil {
+		return err
+	}
+	if kind != "application/json" {
+		return s.latestEvents(c, job, after)
 	}
 	has := c.Request().Header.Get("If-None-Match")
 	ctx, cancel := s.untilClose(c.Request().Context())
@@ -132,6 +141,56 @@ func (s *Server) latestCheckpoint(c echo.Context) error {
 		}
 		return c.NoContent(http.StatusNotModified)
 	}
+}
+
+// latestEvents streams the newest checkpoint and then each newer one, as events
+// of type checkpoint whose id is the step: Last-Event-ID goes on after it. A
+// reader that is slow misses steps, never the newest.
+func (s *Server) latestEvents(c echo.Context, job *trainer.Job, after int64) error {
+	if raw := c.Request().Header.Get("Last-Event-ID"); raw != "" {
+		step, err := strconv.ParseInt(raw, 10, 64)
+		if err != nil || step < 0 {
+			return fault.BadField("Last-Event-ID", strconv.Quote(raw), "an id of this stream")
+		}
+		after = max(after, step)
+	}
+	startEvents(c)
+	ctx, cancel := s.untilClose(c.Request().Context())
+	defer cancel()
+	for ctx.Err() == nil {
+		beat, stop := context.WithTimeout(ctx, s.limits.Heartbeat)
+		man, ok, err := job.Latest(beat, after)
+		text := ": beat\n\n"
+		if ok && err == nil {
+			data, err := json.Marshal(man)
+			if err != nil {
+				stop()
+				return err
+			}
+			text = fmt.Sprintf("id: %d\nevent: checkpoint\ndata: %s\n\n", man.Step, data)
+			after = man.Step
+		} else {
+			<-beat.Done() // an ended job answers at once
+		}
+		stop()
+		if _, err := c.Response().Write([]byte(text)); err != nil {
+			return nil // the reader left
+		}
+		c.Response().Flush()
+	}
+	return nil
+}
+
+// startEvents sends the head of an event stream.
+func startEvents(c echo.Context) {
+	w := c.Response()
+	h := w.Header()
+	h.Set("Content-Type", "text/event-stream")
+	h.Set("Cache-Control", "no-store")
+	h.Set("X-Accel-Buffering", "no")
+	w.WriteHeader(http.StatusOK)
+	fmt.Fprint(w, ": connected\n\n")
+	w.Flush()
 }
 
 // queryWait reads wait: a Go duration ("30s") or seconds, capped by MaxWait.
@@ -162,6 +221,9 @@ func (s *Server) untilClose(ctx context.Context) (context.Context, context.Cance
 // digest (RFC 9530). A file of a checkpoint never changes under its ETag. With
 // ?redirect=true a store that can hands the client to itself.
 func (s *Server) checkpointFile(c echo.Context) error {
+	if err := fewRanges(c.Request()); err != nil {
+		return err
+	}
 	job, man, err := s.checkpoint(c)
 	if err != nil {
 		return err

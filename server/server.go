@@ -162,7 +162,7 @@ func (s *Server) routes(guard echo.MiddlewareFunc) {
 	add(get, "/jobs/:job/events", s.events)
 	add(post, "/jobs/:job/checkpoints", s.publish, s.timed)
 	add(get, "/jobs/:job/checkpoints", s.listCheckpoints, s.timed)
-	add(get, "/jobs/:job/checkpoints/latest", s.latestCheckpoint, s.timed)
+	add(get, "/jobs/:job/checkpoints/latest", s.latestCheckpoint) // bounded by wait, or a stream
 	add(get, "/jobs/:job/checkpoints/:step", s.getCheckpoint, s.timed)
 	add(get, "/jobs/:job/checkpoints/:step/files/*", s.checkpointFile)
 	add(head, "/jobs/:job/checkpoints/:step/files/*", s.checkpointFile)
@@ -171,6 +171,7 @@ func (s *Server) routes(guard echo.MiddlewareFunc) {
 	add(http.MethodPut, "/jobs/:job/checkpoints/:step/leases/:lease", s.renewLease, s.timed)
 	add(del, "/jobs/:job/checkpoints/:step/leases/:lease", s.endLease, s.timed)
 
+	add(get, "/jobs/:job/checkpoints/:step/delta", s.checkpointDelta)
 	add(http.MethodPut, "/jobs/:job/nodes/:node", s.reportNode, s.timed)
 	add(get, "/jobs/:job/nodes", s.listNodes, s.timed)
 }

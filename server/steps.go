@@ -120,14 +120,8 @@ func (s *Server) events(c echo.Context) error {
 			return fault.BadField("Last-Event-ID", strconv.Quote(raw), "an id of this stream")
 		}
 	}
+	startEvents(c)
 	w := c.Response()
-	h := w.Header()
-	h.Set("Content-Type", "text/event-stream")
-	h.Set("Cache-Control", "no-store")
-	h.Set("X-Accel-Buffering", "no")
-	w.WriteHeader(http.StatusOK)
-	fmt.Fprint(w, ": connected\n\n")
-	w.Flush()
 
 	ctx, cancel := s.untilClose(c.Request().Context())
 	defer cancel()

@@ -105,6 +105,7 @@ type Manager struct {
 	exec   *executor
 	ckpts  storage.Checkpoints
 	leases *leases
+	deltas chan struct{} // one token for each delta being computed
 	decode chan struct{} // one token for each Arrow body being decoded
 	disk   *dataDisk
 	// captures counts host memory of publications under way.
@@ -151,7 +152,7 @@ func NewManager(o Options) (*Manager, error) {
 	limits := o.Limits.withDefaults()
 	m := &Manager{
 		opts: o, limits: limits, log: o.Logger, db: db, exec: newExecutor(), dev: o.Device,
-		ckpts: storage.Checkpoints{Blob: o.Store}, leases: leases, decode: make(chan struct{}, limits.Decoders),
+		ckpts: storage.Checkpoints{Blob: o.Store}, leases: leases, deltas: make(chan struct{}, maxDeltas), decode: make(chan struct{}, limits.Decoders),
 		jobs: map[JobID]*Job{}, closed: make(chan struct{}),
 		disk: openDataDisk(o.DataDir),
 	}

@@ -82,6 +82,7 @@ var Table = []Rule{
 	{Route: "GET /v1/jobs/:job/checkpoints/:step/leases", May: readers},
 	{Route: "PUT /v1/jobs/:job/checkpoints/:step/leases/:lease", May: readers},
 	{Route: "DELETE /v1/jobs/:job/checkpoints/:step/leases/:lease", May: readers},
+	{Route: "GET /v1/jobs/:job/checkpoints/:step/delta", May: readers},
 	{Route: "PUT /v1/jobs/:job/nodes/:node", May: readers},
 	{Route: "GET /v1/jobs/:job/nodes", May: readers},
 }
