@@ -76,22 +76,27 @@ func (d *drain) held(wait time.Duration) {
 	}
 }
 
-// wait is how long it will be until steps have taken l, at the pace of late.
-// takes is how many that are. ok is false when nothing was measured.
-func (d *drain) wait(now time.Time, l load) (wait time.Duration, takes int, ok bool) {
-	var elapsed time.Duration
-	if !d.under.began.IsZero() {
-		elapsed = now.Sub(d.under.began)
+// wait is how long it will be until steps have taken l, at the pace of late, and
+// how many takes that needs. stalled says that the next take waits for something
+// else than rows. ok is false when nothing was measured.
+func (d *drain) wait(now time.Time, l load, stalled bool) (wait time.Duration, takes int, ok bool) {
+	recent, under := d.recent, d.under
+	if n := len(recent); stalled && under.began.IsZero() && n > 0 { // the time of the latest take goes on
+		recent, under = recent[:n-1], recent[n-1]
 	}
-	if len(d.recent) == 0 { // the first may take as long again as it has
+	var elapsed time.Duration
+	if !under.began.IsZero() {
+		elapsed = now.Sub(under.began)
+	}
+	if len(recent) == 0 { // the first may take as long again as it has
 		return elapsed, 1, elapsed > 0
 	}
 	var sum taken
-	for _, t := range d.recent {
+	for _, t := range recent {
 		sum.busy += t.busy
 		sum.load = sum.load.plus(t.load)
 	}
-	n := len(d.recent)
+	n := len(recent)
 	count := func(need, taken int64) int {
 		if need == 0 || taken == 0 {
 			return 0
@@ -101,10 +106,11 @@ func (d *drain) wait(now time.Time, l load) (wait time.Duration, takes int, ok b
 	takes = max(1, count(l.rows, sum.load.rows), count(l.tokens, sum.load.tokens), count(l.bytes, sum.load.bytes))
 	each := sum.busy / time.Duration(n)
 	first := each - elapsed
-	if first <= 0 { // it takes longer than those before
+	if first <= 0 { // it takes longer than those before, and those after may as well
 		first = elapsed / 2
+		each = (sum.busy + elapsed + first) / time.Duration(n+1)
 	}
-	if d.under.began.IsZero() {
+	if under.began.IsZero() {
 		first = 0
 	}
 	return first + time.Duration(takes-1)*each, takes, true

@@ -79,21 +79,16 @@ func (j *Job) retryAfter(now time.Time, need load) (time.Duration, string) {
 		}
 		return retryUnknown, why
 	}
-	wait, takes, ok := j.drain.wait(now, need)
+	wait, takes, ok := j.drain.wait(now, need, j.stalled.act != actWait)
 	why := fmt.Sprintf("at the pace of its latest steps there is room after %d more", takes)
 	if !ok {
 		wait, why = retryUnknown, "no step was measured yet"
 	}
-	held := now.Sub(j.stalled.since) // it may last as long again
 	switch j.stalled.act {
 	case actHold:
-		return max(wait, held), why + ", and training waits for a checkpoint to be stored"
+		why += ", and training waits for a checkpoint to be stored"
 	case actDelay:
 		why += ", and training waits for open groups that it would make too stale"
-		if at, ok := j.asm.NextExpiry(); ok {
-			held = min(held, at.Sub(now))
-		}
-		return max(wait, held), why
 	}
 	return wait, why
 }
