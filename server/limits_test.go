@@ -3,6 +3,7 @@ package server_test
 import (
 	"fmt"
 	"net/http"
+	"slices"
 	"testing"
 	"time"
 
@@ -57,6 +58,39 @@ func TestRateOfOneToken(t *testing.T) {
 	at = at.Add(500 * time.Millisecond)
 	if status, _ := get(a); status != http.StatusOK {
 		t.Errorf("after half a second: %d", status)
+	}
+}
+
+// TestOneTokenLeavesPlaces: the streams of one token do not keep another out.
+func TestOneTokenLeavesPlaces(t *testing.T) {
+	g := guard(t, access.Options{Requests: 4, TokenRequests: 3}, servertest.Options{})
+	greedy, modest := g.token(t, access.Grant{Roles: access.Roles}), g.token(t, access.Grant{Roles: []access.Role{access.Read}})
+	c, err := client.New(g.URL, client.Options{Token: greedy, Retries: -1})
+	if err != nil {
+		t.Fatal(err)
+	}
+	j := create(t, c, t.Context(), g.JobDocument(2, nil))
+	for range 3 {
+		req, err := http.NewRequestWithContext(t.Context(), http.MethodGet, g.URL+"/v1/jobs/"+j.ID+"/events", nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		req.Header.Set("Authorization", "Bearer "+greedy)
+		stream, err := http.DefaultClient.Do(req)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer stream.Body.Close()
+	}
+	status, p := exchange(t, http.MethodGet, g.URL+"/v1/jobs", nil, map[string]string{"Authorization": "Bearer " + greedy})
+	if status != http.StatusTooManyRequests || p.Code != "too_many_requests" || p.retryAfter != "1" {
+		t.Errorf("a fourth of the token: %d %+v", status, p)
+	}
+	if status, p := exchange(t, http.MethodGet, g.URL+"/v1/jobs", nil, map[string]string{"Authorization": "Bearer " + modest}); status != http.StatusOK {
+		t.Errorf("another token: %d %+v", status, p)
+	}
+	if !slices.ContainsFunc(g.entries(t), func(e access.Entry) bool { return e.Refused == "too many requests of the token at once" }) {
+		t.Error("the audit log does not say which limit it was")
 	}
 }
 

@@ -21,19 +21,22 @@ import (
 
 // Access is who is let in, how fast, and what jobs may name.
 type Access struct {
-	Tokens         string `json:"tokens" help:"file of trainerd token; clients must show one of its tokens; empty: DATA/tokens.json if there is one"`
-	TLSCert        string `json:"tls_cert" help:"PEM file of the server's certificate chain; with tls_key: serve HTTPS"`
-	TLSKey         string `json:"tls_key" help:"PEM file of the certificate's key"`
-	TLSClientCA    string `json:"tls_client_ca" help:"PEM file of authorities; every client must show a certificate that one of them signed"`
-	RateLimit      int    `json:"rate_limit" help:"requests a second of one token, twice as many at once; 0: no limit"`
-	MaxRequests    int    `json:"max_requests" help:"requests answered at once, streams included; 0: no limit"`
-	MaxConnections int    `json:"max_connections" help:"open connections; more wait; 0: no limit"`
-	Audit          string `json:"audit" help:"file of the audit log, JSON lines; empty: DATA/audit.jsonl if there are tokens"`
-	ModelRoot      List   `json:"model_root" help:"directory that dir: model sources must lie below; may be given several times; with none, any on loopback without tokens, else no dir: source"`
-	ModelBucket    List   `json:"model_bucket" help:"bucket that s3:// model sources may name; may be given several times; with none, as model-root"`
+	Tokens           string `json:"tokens" help:"file of trainerd token; clients must show one of its tokens; empty: DATA/tokens.json if there is one"`
+	TLSCert          string `json:"tls_cert" help:"PEM file of the server's certificate chain; with tls_key: serve HTTPS"`
+	TLSKey           string `json:"tls_key" help:"PEM file of the certificate's key"`
+	TLSClientCA      string `json:"tls_client_ca" help:"PEM file of authorities; every client must show a certificate that one of them signed"`
+	RateLimit        int    `json:"rate_limit" help:"requests a second of one token, twice as many at once; 0: no limit"`
+	MaxRequests      int    `json:"max_requests" help:"requests answered at once, streams included; 0: no limit"`
+	MaxTokenRequests int    `json:"max_token_requests" help:"requests of one token answered at once, so that none takes all places; 0: no limit"`
+	MaxConnections   int    `json:"max_connections" help:"open connections; more wait; 0: no limit"`
+	Audit            string `json:"audit" help:"file of the audit log, JSON lines; empty: DATA/audit.jsonl if there are tokens"`
+	ModelRoot        List   `json:"model_root" help:"directory that dir: model sources must lie below; may be given several times; with none, any on loopback without tokens, else no dir: source"`
+	ModelBucket      List   `json:"model_bucket" help:"bucket that s3:// model sources may name; may be given several times; with none, as model-root"`
 }
 
-func defaultAccess() Access { return Access{RateLimit: 200, MaxRequests: 512, MaxConnections: 4096} }
+func defaultAccess() Access {
+	return Access{RateLimit: 200, MaxRequests: 512, MaxTokenRequests: 256, MaxConnections: 4096}
+}
 
 // List is a setting of several values: separated by commas in a file and in the
 // environment, a flag for each on the command line.
@@ -95,6 +98,8 @@ func (c Config) validateAccess() error {
 		return fault.BadField("rate_limit", c.RateLimit, "0 or more")
 	case c.MaxRequests < 0:
 		return fault.BadField("max_requests", c.MaxRequests, "0 or more")
+	case c.MaxTokenRequests < 0:
+		return fault.BadField("max_token_requests", c.MaxTokenRequests, "0 or more")
 	case c.MaxConnections < 0:
 		return fault.BadField("max_connections", c.MaxConnections, "0 or more")
 	}
@@ -117,7 +122,7 @@ func openGate(c Config, log *slog.Logger) (g *gate, err error) {
 			g.close()
 		}
 	}()
-	o := access.Options{Logger: log, Rate: c.RateLimit, Requests: c.MaxRequests}
+	o := access.Options{Logger: log, Rate: c.RateLimit, Requests: c.MaxRequests, TokenRequests: c.MaxTokenRequests}
 	if c.Tokens != "" {
 		if o.Tokens, err = access.OpenTokens(c.Tokens); err != nil {
 			return nil, err

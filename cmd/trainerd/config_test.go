@@ -54,13 +54,17 @@ func TestConfigLayers(t *testing.T) {
 func TestEveryMemberIsReached(t *testing.T) {
 	d := DefaultConfig()
 	for _, m := range membersOf(&d) {
-		text := map[string]string{"listen": "127.0.0.2:1", "shutdown": "7s", "drain": "3s", "insecure": "true", "s3_path_style": "false",
+		text := map[string]string{"listen": "127.0.0.2:1", "insecure": "true", "s3_path_style": "false",
 			"trace_endpoint": "http://127.0.0.1:4318", "trace_sample": "0.5"}[m.name]
-		if text == "" {
+		_, duration := m.target.Interface().(Duration)
+		switch {
+		case duration:
+			text = "7s"
+		case text == "":
 			text = "7"
 		}
 		raw := text
-		if k := m.target.Kind().String(); k == "string" || m.name == "shutdown" || m.name == "drain" {
+		if k := m.target.Kind().String(); k == "string" || duration {
 			raw = `"` + text + `"`
 		}
 		for way, load := range map[string]func() (Config, error){

@@ -25,15 +25,17 @@ type Options struct {
 	// Requests bounds the requests that are answered at once, streams and long
 	// polls included. 0: no limit.
 	Requests int
-	Now      func() time.Time // nil: time.Now
+	// TokenRequests bounds those of one token. 0: no limit.
+	TokenRequests int
+	Now           func() time.Time // nil: time.Now
 }
 
 // Guard stands before every guarded route.
 type Guard struct {
 	opts  Options
 	rates *rates
-	wrong *rates        // failed authentication by address
-	slots chan struct{} // nil: no limit
+	wrong *rates // failed authentication by address
+	slots *shares
 }
 
 // wrongRate bounds how many refused tokens a second one address gets told about
@@ -48,11 +50,8 @@ func New(o Options) *Guard {
 	if o.Now == nil {
 		o.Now = time.Now
 	}
-	g := &Guard{opts: o, rates: newRates(float64(o.Rate), float64(2*o.Rate)), wrong: newRates(wrongRate, wrongBurst)}
-	if o.Requests > 0 {
-		g.slots = make(chan struct{}, o.Requests)
-	}
-	return g
+	return &Guard{opts: o, rates: newRates(float64(o.Rate), float64(2*o.Rate)), wrong: newRates(wrongRate, wrongBurst),
+		slots: newShares(o.Requests, o.TokenRequests)}
 }
 
 type identityKey struct{}
@@ -76,13 +75,9 @@ func (g *Guard) Middleware(next echo.HandlerFunc) echo.HandlerFunc {
 			Route: r.Method + " " + c.Path(), Job: clip(c.Param("job")), BytesIn: r.ContentLength,
 		}
 		tok, why, err := g.admit(c, now)
-		if err == nil && g.slots != nil {
-			select {
-			case g.slots <- struct{}{}:
-				defer func() { <-g.slots }()
-			default:
-				why, err = "too many requests at once", &fault.Error{Kind: fault.Busy, Code: "too_many_requests", RetryAfter: time.Second,
-					Msg: "the server answers as many requests as it may at once"}
+		if err == nil {
+			if why, err = g.slots.take(tok.ID); err == nil {
+				defer g.slots.give(tok.ID)
 			}
 		}
 		e.Token, e.Refused = tok.ID, why
@@ -113,7 +108,7 @@ func (g *Guard) admit(c echo.Context, now time.Time) (tok Token, why string, err
 	}
 	tok, why, err = g.opts.Tokens.find(bearer(r), now)
 	if err != nil {
-		g.opts.Logger.Error("nobody is let in: the tokens cannot be read", "err", err)
+		g.opts.Logger.ErrorContext(r.Context(), "nobody is let in: the tokens cannot be read", "err", err)
 		return tok, why, &fault.Error{Kind: fault.Unavailable, Code: "tokens_unavailable", RetryAfter: 5 * time.Second, Msg: "the server cannot read its tokens"}
 	}
 	if why != "" {
