@@ -26,34 +26,46 @@ func cuts(at string, passages, n int) func(*rand.Rand) []strike {
 	return func(r *rand.Rand) []strike {
 		out := make([]strike, n)
 		for i := range out {
-			out[i] = strike{at: at, n: 1 + r.IntN(passages), after: time.Second, power: true}
+			out[i] = strike{at: at, n: 1 + r.IntN(passages), after: 5 * time.Second, power: true}
 		}
 		return out
 	}
 }
 
 var mutations = []mutation{
-	{"records.step", "the record of a step", 0, func(r *rand.Rand) []strike {
-		return []strike{{at: "step.recorded", n: 2 + r.IntN(3), after: time.Second}}
+	{"records.step", "the record of a step", f32, func(r *rand.Rand) []strike {
+		return []strike{{at: "step.recorded", n: 2 + r.IntN(3), after: 5 * time.Second}}
 	}},
-	{"records.fsync", "the sync of the database", 0, cuts("step.before_record", 4, 3)},
-	{"data.dir_name", "the sync of the data directory's names", 0, cuts("spool.frame_synced", 3, 2)},
-	{"spool.dir_name", "the sync of a new spool directory's name", 0, cuts("spool.frame_synced", 3, 2)},
-	{"spool.header", "the sync of a new segment's header", 0, cuts("spool.payload_written", 2, 12)},
-	{"spool.segment_name", "the sync of a new segment's name", 0, cuts("spool.payload_written", 4, 4)},
-	{"spool.frame", "the sync of an accepted batch", 0, cuts("spool.payload_written", 4, 4)},
-	{"spool.recovered", "the sync of a frame that a killed process wrote", 0, func(r *rand.Rand) []strike {
-		return []strike{{at: "spool.frame_written", n: 2, after: time.Second}, {at: "spool.payload_written", n: 1, after: time.Second, power: true}}
+	{"records.fsync", "the sync of the database", f32, cuts("step.before_record", 4, 3)},
+	{"data.dir_name", "the sync of the data directory's names", f32, cuts("spool.frame_synced", 3, 2)},
+	{"spool.dir_name", "the sync of a new spool directory's name", f32, cuts("spool.frame_synced", 3, 2)},
+	{"spool.header", "the sync of a new segment's header", f32, cuts("spool.payload_written", 2, 12)},
+	{"spool.segment_name", "the sync of a new segment's name", f32, cuts("spool.payload_written", 4, 4)},
+	{"spool.frame", "the sync of an accepted batch", f32, cuts("spool.payload_written", 4, 4)},
+	{"spool.recovered", "the sync of a frame that a killed process wrote", f32, func(r *rand.Rand) []strike {
+		return []strike{{at: "spool.frame_written", n: 2, after: 5 * time.Second}, {at: "spool.payload_written", n: 1, after: 5 * time.Second, power: true}}
 	}},
-	{"spool.recovered_name", "the sync of a segment's name that a killed process left", 0, func(r *rand.Rand) []strike {
-		return []strike{{at: "spool.new_segment", n: 2, after: time.Second}, {at: "spool.payload_written", n: 2, after: time.Second, power: true}}
+	{"spool.recovered_name", "the sync of a segment's name that a killed process left", f32, func(r *rand.Rand) []strike {
+		return []strike{{at: "spool.new_segment", n: 2, after: 5 * time.Second}, {at: "spool.payload_written", n: 2, after: 5 * time.Second, power: true}}
 	}},
-	{"store.dir_name", "the sync of a new directory's name in the store", 0, cuts("step.before_record", 4, 3)},
-	{"store.file", "the sync of a stored file", 0, cuts("step.before_record", 4, 3)},
-	{"store.file_name", "the sync of a stored file's name", 0, cuts("step.before_record", 4, 3)},
-	{"store.settled", "the sync of names that a killed process left", 2, func(r *rand.Rand) []strike {
+	{"store.dir_name", "the sync of a new directory's name in the store", f32, cuts("step.before_record", 4, 3)},
+	{"store.file", "the sync of a stored file", f32, cuts("step.before_record", 4, 3)},
+	{"store.file_name", "the sync of a stored file's name", f32, cuts("step.before_record", 4, 3)},
+	{"store.settled", "the sync of names that a killed process left", lagging, func(r *rand.Rand) []strike {
 		// A checkpoint without state is six files, its manifest the fifth.
-		return []strike{{at: "store.renamed", n: 5 + 6*r.IntN(3), after: time.Second}, {at: "store.copied", n: 2 + r.IntN(2), after: time.Second, power: true}}
+		return []strike{{at: "store.renamed", n: 5 + 6*r.IntN(3), after: 5 * time.Second}, {at: "store.copied", n: 2 + r.IntN(2), after: 5 * time.Second, power: true}}
+	}},
+	{"queue.bound", "the bound of trimming: what the snapshot stands for", f32, func(r *rand.Rand) []strike {
+		return []strike{{at: "trim.done", n: 1 + r.IntN(3), after: 10 * time.Second}}
+	}},
+	{"queue.committed", "trimming only once the snapshot is committed", f32, func(r *rand.Rand) []strike {
+		return []strike{{at: "checkpoint.queue_written", n: 1 + r.IntN(3), after: 10 * time.Second}}
+	}},
+	{"ended.file", "the sync of what is kept of an ended job", ending, func(r *rand.Rand) []strike {
+		return []strike{{at: "ended.reclaim", n: 2 + r.IntN(3), after: 10 * time.Second, power: true}}
+	}},
+	{"ended.name", "the sync of its name", ending, func(r *rand.Rand) []strike {
+		return []strike{{at: "ended.reclaim", n: 2 + r.IntN(3), after: 10 * time.Second, power: true}}
 	}},
 }
 
