@@ -209,7 +209,7 @@ func (c *Consumption) Next(ctx context.Context) (m Metrics, done bool, err error
 		return nil, false, err
 	}
 	o := e.set.Optimizer
-	lr := e.set.LR(c.step)
+	lr := e.set.LR(e.set.Done + c.step)
 	result, err := e.policy.OptimStep(model.AdamW{
 		LR: lr, Beta1: o.Betas[0], Beta2: o.Betas[1], Eps: o.Eps,
 		WeightDecay: o.WeightDecay, MaxGradNorm: o.MaxGradNorm,
@@ -359,7 +359,7 @@ func (e *Engine) modelLoss(mb *micro) model.Loss {
 // sync_every_steps-th step of the job.
 func (c *Consumption) syncReference() error {
 	ref := c.engine.set.Objective.Reference
-	if ref.SyncEverySteps == 0 || c.step%int64(ref.SyncEverySteps) != 0 {
+	if ref.SyncEverySteps == 0 || (c.engine.set.Done+c.step)%int64(ref.SyncEverySteps) != 0 {
 		return nil
 	}
 	if err := c.engine.policy.SyncReference(float32(ref.SyncAlpha)); err != nil {

@@ -3,7 +3,8 @@ package sagrpo
 import "math"
 
 // LR returns the learning rate of the optimizer step that follows step done
-// ones, in closed form, so that a resumed job needs no scheduler state.
+// ones (Done and the job's own), in closed form, so that a resumed job needs no
+// scheduler state.
 //
 // During warm-up it is lr*(step+1)/warmup_steps: the first step already moves
 // the weights and the last one has the whole rate. After it, a decaying schedule
@@ -32,5 +33,8 @@ func (s Settings) decayEnd() int64 {
 	if s.Optimizer.Schedule.DecaySteps > 0 {
 		return int64(s.Optimizer.Schedule.DecaySteps)
 	}
-	return s.MaxSteps
+	if s.MaxSteps == 0 {
+		return 0
+	}
+	return s.Done + s.MaxSteps
 }

@@ -51,6 +51,7 @@ type Settings struct {
 	Objective Objective
 	Optimizer Optimizer
 	MaxSteps  int64   // for schedules that decay; 0: endless
+	Done      int64   // steps that the optimizer had behind it at the job's first; schedules count them too
 	MaxTokens int     // token budget of a micro-batch
 	PeakFLOPS float64 // of the device, for the metric "mfu"; 0: not reported
 }

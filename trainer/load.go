@@ -31,7 +31,7 @@ type baseModel struct {
 }
 
 // resolve finds out what a source means, without reading weights.
-func (m *Manager) resolve(ctx context.Context, id JobID, source string) (*baseModel, error) {
+func (m *Manager) resolve(ctx context.Context, id JobID, source string, spec *Spec) (*baseModel, error) {
 	if m.opts.Sources != nil {
 		var err error
 		if source, err = m.opts.Sources(source); err != nil {
@@ -53,19 +53,36 @@ func (m *Manager) resolve(ctx context.Context, id JobID, source string) (*baseMo
 		if !ok {
 			return nil, fault.BadField("model.source", source, "job:ID@STEP")
 		}
-		man, err := m.checkpointOf(ctx, ref)
+		if ref.Step >= 0 && b.pulled() { // a restart; the source's checkpoint may be gone by now
+			return b, nil
+		}
+		find, training := m.checkpointOf, spec.Model.State == stateTraining
+		if training {
+			if err := m.forkable(ref, spec); err != nil {
+				return nil, err
+			}
+			find = m.snapshotOf
+		}
+		man, err := find(ctx, ref)
 		if err != nil {
 			return nil, err
 		}
 		b.source = fmt.Sprintf("%s%s@%d", schemeJob, ref.Job, man.Step)
-		b.pull = func(ctx context.Context, dir string) error { return m.ckpts.Pull(ctx, man, "hf/", dir) }
+		b.pull = func(ctx context.Context, dir string) error {
+			if training {
+				if err := m.ckpts.Pull(ctx, man, prefixState, b.statePath()); err != nil {
+					return err
+				}
+			}
+			return m.ckpts.Pull(ctx, man, prefixHF, dir)
+		}
 	default:
 		if m.opts.OpenStore == nil {
 			return nil, fault.BadField("model.source", source, "dir:PATH or job:ID@STEP: this server was started without access to S3")
 		}
 		b.pull = func(ctx context.Context, dir string) error { return m.pullStore(ctx, source, dir) }
 	}
-	if _, err := os.Stat(filepath.Join(b.path, "config.json")); err == nil {
+	if b.pulled() {
 		b.pull = nil // a restart: it was pulled whole before
 	}
 	return b, nil

@@ -218,7 +218,7 @@ func (m *Manager) Create(ctx context.Context, body []byte, key string) (job *Job
 		return nil, false, err
 	}
 	rec := jobRecord{ID: newJobID(), Created: time.Now().UTC(), Spec: spec, State: Loading}
-	base, err := m.resolve(ctx, rec.ID, spec.Model.Source)
+	base, err := m.resolve(ctx, rec.ID, spec.Model.Source, &spec)
 	if err != nil {
 		return nil, false, err
 	}

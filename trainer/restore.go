@@ -29,7 +29,7 @@ const sweepAge = 6 * time.Hour
 func (j *Job) load(ctx context.Context, base *baseModel, restored bool) (snap *storage.Manifest, queue *queueState, err error) {
 	defer crashpoint.Enter(crashpoint.Load)()
 	if base == nil {
-		if base, err = j.m.resolve(ctx, j.ID, j.rec.Source); err != nil {
+		if base, err = j.m.resolve(ctx, j.ID, j.rec.Source, &j.spec); err != nil {
 			return nil, nil, err
 		}
 	}
@@ -158,6 +158,15 @@ func (j *Job) place(ctx context.Context, base *baseModel, snap *storage.Manifest
 		}
 		defer opened.Close()
 		src = opened
+	} else if j.spec.Model.State == stateTraining {
+		exact, err := base.exactBase()
+		if err != nil {
+			return err
+		}
+		if exact != nil {
+			defer exact.Close()
+			src = exact
+		}
 	}
 	return j.settleIn(ctx, func(dev kernels.Device) (err error) {
 		j.model, err = model.Load(ctx, dev, src, j.spec.modelOptions())
@@ -178,8 +187,15 @@ func (j *Job) place(ctx context.Context, base *baseModel, snap *storage.Manifest
 				return err
 			}
 			j.weights = snap.Step
+		} else if j.spec.Model.State == stateTraining {
+			if err := j.restoreBase(base); err != nil {
+				return err
+			}
 		}
 		set := j.spec.settings()
+		if j.spec.Model.State == stateTraining {
+			set.Done = j.model.Steps() - j.weights
+		}
 		set.PeakFLOPS = j.m.opts.PeakFLOPS
 		if j.engine, err = sagrpo.NewEngine(j.model, set); err != nil {
 			return err

@@ -34,6 +34,7 @@ type Spec struct {
 // ModelSpec says where the initial weights come from.
 type ModelSpec struct {
 	Source string `json:"source"` // dir:PATH, s3://BUCKET/PREFIX or job:ID@STEP|latest
+	State  string `json:"state"`  // weights, or training: with the optimizer of a job's snapshot
 }
 
 // BatchSpec says when a step runs and what it takes.
@@ -163,6 +164,11 @@ func ParseSpec(raw []byte) (Spec, error) {
 			shown = "an address with @" // it may hold a password
 		}
 		f.add("model.source", shown, "dir:PATH, s3://BUCKET/PREFIX or job:ID@STEP (STEP may be latest)")
+	}
+	s.Model.State = stateWeights
+	m.oneOf("state", &s.Model.State, stateWeights, stateTraining)
+	if s.Model.State == stateTraining && !strings.HasPrefix(s.Model.Source, schemeJob) {
+		f.add("model.state", strconv.Quote(stateTraining), "weights, or a model.source job:ID@STEP: only a job's checkpoints have optimizer state")
 	}
 	m.finish()
 
