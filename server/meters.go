@@ -66,6 +66,13 @@ var jobMeters = []jobMeter{
 	counter("trainerd_checkpoints_published_total", "Checkpoints published by this process.", func(s trainer.JobStats) float64 { return float64(s.Published) }),
 	counter("trainerd_checkpoint_seconds_total", "Time spent publishing.", func(s trainer.JobStats) float64 { return s.PublishSeconds }),
 	counter("trainerd_checkpoint_bytes_total", "Bytes published.", func(s trainer.JobStats) float64 { return float64(s.PublishedBytes) }),
+	counter("trainerd_checkpoint_capture_seconds_total", "Time the device stood still to capture checkpoints.", func(s trainer.JobStats) float64 { return s.Publication.Capture }),
+	counter("trainerd_checkpoint_waits_total", "Times that a step waited for the publication before.", func(s trainer.JobStats) float64 { return float64(s.Publication.Waits) }),
+	counter("trainerd_checkpoint_wait_seconds_total", "Time that steps waited for publications.", func(s trainer.JobStats) float64 { return s.Publication.WaitSeconds }),
+	counter("trainerd_checkpoint_retries_total", "Tries to publish after the store failed.", func(s trainer.JobStats) float64 { return float64(s.Publication.Retries) }),
+	counter("trainerd_checkpoints_synchronous_total", "Checkpoints written while training waited, for want of host memory.", func(s trainer.JobStats) float64 { return float64(s.Publication.Synchronous) }),
+	gauge("trainerd_checkpoint_capture_bytes", "Host memory of the publication under way.", func(s trainer.JobStats) float64 { return float64(s.Publication.HostBytes) }),
+	counter("trainerd_stale_delay_seconds_total", "Time that steps were put off for open groups that they would have made too stale.", func(s trainer.JobStats) float64 { return s.DelaySeconds }),
 	counter("trainerd_batches_total", "Records of the job's spool.", func(s trainer.JobStats) float64 { return float64(s.Counts.Batches) }),
 	counter("trainerd_rollouts_total", "Rollouts accepted.", func(s trainer.JobStats) float64 { return float64(s.Counts.Rollouts) }),
 	counter("trainerd_rollout_duplicates_total", "Rollouts ignored because they were there before.", func(s trainer.JobStats) float64 { return float64(s.Counts.Duplicates) }),
@@ -75,6 +82,7 @@ var jobMeters = []jobMeter{
 	gauge("trainerd_policy_step", "Step of the newest checkpoint, -1 before the first.", func(s trainer.JobStats) float64 { return float64(s.PolicyStep) }),
 	gauge("trainerd_queue_rollouts", "Rollouts that wait.", func(s trainer.JobStats) float64 { return float64(s.Queue.Rollouts) }),
 	gauge("trainerd_queue_tokens", "Tokens that wait, each prompt once.", func(s trainer.JobStats) float64 { return float64(s.Queue.Tokens) }),
+	gauge("trainerd_queue_bytes", "Payload in memory of what waits.", func(s trainer.JobStats) float64 { return float64(s.Queue.Bytes) }),
 	gauge("trainerd_queue_groups_complete", "Complete groups that wait.", func(s trainer.JobStats) float64 { return float64(s.Queue.GroupsComplete) }),
 	gauge("trainerd_queue_groups_open", "Groups that wait for rows.", func(s trainer.JobStats) float64 { return float64(s.Queue.GroupsOpen) }),
 	counter("trainerd_swaps_in_total", "Times that the job's model came back to the device from host memory.", func(s trainer.JobStats) float64 { return float64(s.SwapsIn) }),
@@ -92,6 +100,7 @@ var jobMeters = []jobMeter{
 var (
 	descJobs    = prometheus.NewDesc("trainerd_jobs", "Jobs by state.", []string{"state"}, nil)
 	descRefused = prometheus.NewDesc("trainerd_groups_refused_total", "Groups refused by reason.", []string{"job", "reason"}, nil)
+	descStale   = prometheus.NewDesc("trainerd_stale_groups_total", "Groups that lagged by more than max_policy_lag, or would have, by what was done.", []string{"job", "decision"}, nil)
 	descFailing = prometheus.NewDesc("trainerd_job_failing", "1 while a job's work fails and is tried again, by the code of its last error.", []string{"job", "code"}, nil)
 	descDisk    = prometheus.NewDesc("trainerd_data_disk_failing", "1 while the data directory takes no writes.", nil, nil)
 	descDiskErr = prometheus.NewDesc("trainerd_data_disk_errors_total", "Writes to the data directory that failed.", nil, nil)
@@ -110,6 +119,7 @@ func (*jobCollector) Describe(out chan<- *prometheus.Desc) {
 	}
 	out <- descJobs
 	out <- descRefused
+	out <- descStale
 	out <- descDevice
 	out <- descFailing
 	out <- descDisk
@@ -132,6 +142,9 @@ func (c *jobCollector) Collect(out chan<- prometheus.Metric) {
 		}
 		if s.Failing != "" {
 			out <- prometheus.MustNewConstMetric(descFailing, prometheus.GaugeValue, 1, string(s.ID), s.Failing)
+		}
+		for decision, n := range map[string]int64{"admitted": s.Counts.Stale.Admitted, "delayed": s.Counts.Stale.Delayed, "rejected": s.Counts.Stale.Rejected} {
+			out <- prometheus.MustNewConstMetric(descStale, prometheus.CounterValue, float64(n), string(s.ID), decision)
 		}
 		for reason, n := range s.Counts.GroupsRefused {
 			out <- prometheus.MustNewConstMetric(descRefused, prometheus.CounterValue, float64(n), string(s.ID), reason)

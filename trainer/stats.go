@@ -2,16 +2,18 @@ package trainer
 
 // JobStats are a job's gauges, and its totals since the process began.
 type JobStats struct {
-	ID         JobID
-	State      State
-	Step       int64
-	PolicyStep int64
-	Queue      Queue
-	Counts     Counts
-	PlanBytes  int64 // device bytes; 0 while the model is off the device
-	Loaded     bool
-	Failing    string // code of what goes wrong at present, "" for nothing
-	Resident   bool
+	ID           JobID
+	State        State
+	Step         int64
+	PolicyStep   int64
+	Queue        Queue
+	Counts       Counts
+	PlanBytes    int64 // device bytes; 0 while the model is off the device
+	Loaded       bool
+	Publication  Publication
+	DelaySeconds float64 // that steps were put off for open groups
+	Failing      string  // code of what goes wrong at present, "" for nothing
+	Resident     bool
 
 	SwapsIn, SwapsOut int64
 	SwapSeconds       float64
@@ -38,7 +40,7 @@ func (m *Manager) Stats() Stats {
 	s.DiskFailing, s.DiskErrors = disk != nil, n
 	for _, j := range m.Jobs() {
 		st := j.Status()
-		js := JobStats{ID: j.ID, State: st.State, Step: st.Step, PolicyStep: st.PolicyStep, Queue: st.Queue, Counts: st.Counts, Loaded: j.loaded.Load()}
+		js := JobStats{ID: j.ID, State: st.State, Step: st.Step, PolicyStep: st.PolicyStep, Queue: st.Queue, Counts: st.Counts, Publication: st.Publication, Loaded: j.loaded.Load()}
 		js.PlanBytes, js.Resident = m.home.resident(j.ID)
 		if e := j.failing(); e != nil {
 			js.Failing = e.Code
@@ -48,7 +50,7 @@ func (m *Manager) Stats() Stats {
 		j.mu.Unlock()
 		js.Steps, js.Published, js.SampledTokens, js.ScoredTokens, js.TrainedTokens = c.Steps, c.Published, c.SampledTokens, c.ScoredTokens, c.TrainedTokens
 		js.SwapsIn, js.SwapsOut, js.SwapSeconds = c.SwapsIn, c.SwapsOut, c.SwapSeconds
-		js.StepSeconds, js.PublishSeconds, js.PublishedBytes = c.StepSeconds, c.PublishSeconds, c.PublishedBytes
+		js.StepSeconds, js.PublishSeconds, js.PublishedBytes, js.DelaySeconds = c.StepSeconds, c.PublishSeconds, c.PublishedBytes, c.DelaySeconds
 		s.Jobs = append(s.Jobs, js)
 	}
 	return s

@@ -35,14 +35,16 @@ type Config struct {
 	ObjectStore
 	Tracing
 
-	MaxBodyBytes   int64    `json:"max_body_bytes" help:"largest request body, and largest decompressed batch"`
-	MaxBatchRows   int      `json:"max_batch_rows" help:"most rollouts of one batch"`
-	MaxBatchTokens int64    `json:"max_batch_tokens" help:"most tokens of one batch, prompts counted per row"`
-	MaxQueueRows   int      `json:"max_queue_rows" help:"most rollouts a job may have queued before it answers 429"`
-	MaxQueueTokens int64    `json:"max_queue_tokens" help:"most tokens a job may have queued before it answers 429"`
-	PeakTFLOPS     float64  `json:"peak_tflops" help:"peak arithmetic of the device in TFLOP/s, which the metric mfu is a share of; 0: no mfu"`
-	Drain          Duration `json:"drain" help:"how long after the signal to stop requests are still answered, with /readyz at 503"`
-	Shutdown       Duration `json:"shutdown" help:"how long a graceful stop may take then; past it the step is cut short and the next start repeats it"`
+	MaxBodyBytes    int64    `json:"max_body_bytes" help:"largest request body, and largest decompressed batch"`
+	MaxBatchRows    int      `json:"max_batch_rows" help:"most rollouts of one batch"`
+	MaxBatchTokens  int64    `json:"max_batch_tokens" help:"most tokens of one batch, prompts counted per row"`
+	MaxQueueRows    int      `json:"max_queue_rows" help:"most rollouts a job may have queued before it answers 429"`
+	MaxQueueTokens  int64    `json:"max_queue_tokens" help:"most tokens a job may have queued before it answers 429"`
+	MaxQueueBytes   int64    `json:"max_queue_bytes" help:"most bytes of rollouts a job may have queued in memory before it answers 429"`
+	MaxCaptureBytes int64    `json:"max_capture_bytes" help:"most host memory for checkpoints on their way to the store; one beyond it is written while training waits"`
+	PeakTFLOPS      float64  `json:"peak_tflops" help:"peak arithmetic of the device in TFLOP/s, which the metric mfu is a share of; 0: no mfu"`
+	Drain           Duration `json:"drain" help:"how long after the signal to stop requests are still answered, with /readyz at 503"`
+	Shutdown        Duration `json:"shutdown" help:"how long a graceful stop may take then; past it the step is cut short and the next start repeats it"`
 }
 
 // ObjectStore says how to reach s3:// locations, in every command that takes one.
@@ -77,7 +79,7 @@ func DefaultConfig() Config {
 		ObjectStore:  ObjectStore{S3PathStyle: true, S3Timeout: Duration(30 * time.Second)},
 		Tracing:      defaultTracing(),
 		MaxBodyBytes: 256 << 20, MaxBatchRows: 1 << 16, MaxBatchTokens: 64 << 20,
-		MaxQueueRows: 1 << 20, MaxQueueTokens: 512 << 20,
+		MaxQueueRows: 1 << 20, MaxQueueTokens: 512 << 20, MaxQueueBytes: 2 << 30, MaxCaptureBytes: 8 << 30,
 		Shutdown: Duration(60 * time.Second),
 	}
 }
@@ -270,6 +272,10 @@ func (c Config) Validate() error {
 		return fault.BadField("max_queue_rows", c.MaxQueueRows, "more than 0")
 	case c.MaxQueueTokens <= 0:
 		return fault.BadField("max_queue_tokens", c.MaxQueueTokens, "more than 0")
+	case c.MaxQueueBytes <= 0:
+		return fault.BadField("max_queue_bytes", c.MaxQueueBytes, "more than 0")
+	case c.MaxCaptureBytes <= 0:
+		return fault.BadField("max_capture_bytes", c.MaxCaptureBytes, "more than 0")
 	case !(c.PeakTFLOPS >= 0 && c.PeakTFLOPS <= 1e9):
 		return fault.BadField("peak_tflops", c.PeakTFLOPS, "0 or more")
 	case c.Drain < 0:

@@ -102,7 +102,8 @@ func (p *Program) Start(ctx context.Context) (err error) {
 		},
 		Limits: trainer.Limits{
 			MaxBatchBytes: p.Config.MaxBodyBytes, MaxBatchRows: p.Config.MaxBatchRows, MaxBatchTokens: p.Config.MaxBatchTokens,
-			MaxQueuedRollouts: p.Config.MaxQueueRows, MaxQueuedTokens: p.Config.MaxQueueTokens,
+			MaxQueuedRollouts: p.Config.MaxQueueRows, MaxQueuedTokens: p.Config.MaxQueueTokens, MaxQueuedBytes: p.Config.MaxQueueBytes,
+			MaxCaptureBytes: p.Config.MaxCaptureBytes,
 		},
 	})
 	if err != nil {

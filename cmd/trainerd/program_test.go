@@ -196,6 +196,7 @@ func TestLimitsAreUsed(t *testing.T) {
 		{"max_batch_tokens", func(c *Config) { c.MaxBatchTokens = 47 }, 3, 413, "too_many_tokens"},
 		{"max_queue_rows", func(c *Config) { c.MaxQueueRows = 5 }, 3, 413, "batch_too_large"},
 		{"max_queue_tokens", func(c *Config) { c.MaxQueueTokens = 20 }, 3, 413, "batch_too_large"},
+		{"max_queue_bytes", func(c *Config) { c.MaxQueueBytes = 80 }, 3, 413, "batch_too_large"},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			_, c := boot(t, tc.change)
@@ -208,6 +209,18 @@ func TestLimitsAreUsed(t *testing.T) {
 				t.Errorf("%v, expected %q", err, tc.code)
 			}
 		})
+	}
+}
+
+// TestCaptureLimitIsUsed holds max_capture_bytes to what it says.
+func TestCaptureLimitIsUsed(t *testing.T) {
+	for limit, synchronous := range map[int64]int64{1: 1, 1 << 20: 0} {
+		_, c := boot(t, func(cfg *Config) { cfg.MaxCaptureBytes = limit })
+		j := newJob(t, c)
+		j, err := c.Wait(t.Context(), j.ID, time.Millisecond, func(j client.Job) bool { return j.PolicyStep == 0 || j.Final() })
+		if err != nil || j.Publication.Synchronous != synchronous || (j.Publication.Holds != "") != (synchronous > 0) {
+			t.Errorf("limit %d: %+v, %v", limit, j.Publication, err)
+		}
 	}
 }
 
