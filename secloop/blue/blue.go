@@ -2,6 +2,7 @@ package blue
 
 import (
 	"context"
+	"encoding/hex"
 	"errors"
 	"fmt"
 	"io"
@@ -22,6 +23,7 @@ const (
 	userTimeout    = 10 * time.Second
 	rotated        = "correct-horse-battery" // what rotate_credentials sets
 	storeSecret    = "store-password"
+	beaconPort     = 4443
 )
 
 // Blue runs the services of all hosts.
@@ -35,18 +37,27 @@ type Blue struct {
 	settings map[scenario.Setting]bool
 	comments map[string][]string // by host
 	uploads  map[string]bool     // host/name
-	busy     map[string]int      // by host
+	objects  map[string]string   // stored sessions, host/name
+	mail     map[string]string   // where a host's account sends its reset link
+	archived map[string]bool     // folders of the share
+	ports    map[string][]net.Listener
+	resolved netip.Addr     // what the planted process knows of its domain
+	busy     map[string]int // by host
 	zone     map[string]string
 	events   []scenario.Event
 	open     map[io.Closer]bool
 	closed   bool
+
+	asked     chan struct{} // closed when the planted process's last lookup has ended; only Tick touches it
+	forwarded chan bool     // whether a lookup of the planted process went out
 }
 
 // Start listens on every host's address.
 func Start(ep scenario.Episode, stand scenario.Stand) (*Blue, error) {
 	b := &Blue{
 		ep: ep, stand: stand, start: time.Now(), settings: map[scenario.Setting]bool{}, comments: map[string][]string{},
-		uploads: map[string]bool{}, busy: map[string]int{}, open: map[io.Closer]bool{},
+		uploads: map[string]bool{}, objects: map[string]string{}, mail: map[string]string{}, archived: map[string]bool{},
+		ports: map[string][]net.Listener{}, forwarded: make(chan bool, 8), busy: map[string]int{}, open: map[io.Closer]bool{},
 		zone: map[string]string{"www.corp.test.": scenario.TrustedWWW.String()},
 	}
 	for _, h := range scenario.Hosts() {
@@ -111,6 +122,9 @@ func (b *Blue) listen(at netip.AddrPort, h scenario.Host, serve func(net.Conn, s
 	if !b.track(ln) {
 		return net.ErrClosed
 	}
+	b.mu.Lock()
+	b.ports[h.Name] = append(b.ports[h.Name], ln)
+	b.mu.Unlock()
 	b.wg.Add(1)
 	go func() {
 		defer b.wg.Done()
@@ -199,6 +213,11 @@ func (b *Blue) Set(s scenario.Setting) error {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	b.settings[s] = true
+	if s.Name == scenario.ServiceStopped {
+		for _, ln := range b.ports[s.Host] {
+			ln.Close()
+		}
+	}
 	return nil
 }
 
@@ -230,7 +249,14 @@ func (b *Blue) run(h scenario.Host, command string) string {
 // It reports whether anybody was reached; the conversation goes on by itself.
 func (b *Blue) Tick(ctx context.Context) bool {
 	h := b.ep.Target
-	if !b.Is(h.Name, scenario.ImplantKilled) {
+	if b.ep.Lookup != "" && !b.Is(h.Name, scenario.ImplantKilled) {
+		return b.lookUp(ctx, h)
+	}
+	runs := !b.Is(h.Name, scenario.ImplantKilled)
+	if b.ep.Job { // a process that is killed is started again from its file
+		runs = !b.Is(h.Name, scenario.FileQuarantined) && !b.Is(h.Name, scenario.AppAllowlist)
+	}
+	if runs {
 		for _, at := range b.ep.Implants {
 			if c, err := b.call(ctx, h, at); err == nil {
 				b.keep(c, func() { b.implant(c, h) })
@@ -242,10 +268,10 @@ func (b *Blue) Tick(ctx context.Context) bool {
 	comments := append([]string(nil), b.comments[h.Name]...)
 	b.mu.Unlock()
 	for _, text := range comments {
-		_, rest, ok := strings.Cut(text, "<script>send('")
-		to, _, ok2 := strings.Cut(rest, "')</script>")
+		_, rest, ok := strings.Cut(text, "send('")
+		to, _, ok2 := strings.Cut(rest, "')")
 		at, err := netip.ParseAddrPort(to)
-		if !ok || !ok2 || err != nil {
+		if !ok || !ok2 || err != nil || !activeContent.MatchString(text) {
 			continue
 		}
 		if c, err := b.call(ctx, h, at); err == nil {
@@ -256,10 +282,9 @@ func (b *Blue) Tick(ctx context.Context) bool {
 	return false
 }
 
+// keep lets f talk over a connection; on a field that is being closed f finds it closed.
 func (b *Blue) keep(c net.Conn, f func()) {
-	if !b.track(c) {
-		return
-	}
+	b.track(c)
 	b.wg.Add(1)
 	go func() {
 		defer b.wg.Done()
@@ -280,7 +305,11 @@ func (b *Blue) call(ctx context.Context, h scenario.Host, at netip.AddrPort) (ne
 
 // implant says hello, then does what it is told: run a command or send 64 KiB.
 func (b *Blue) implant(c net.Conn, h scenario.Host) {
-	if _, err := io.WriteString(c, "hello\n"); err != nil {
+	greeting := "hello\n"
+	if b.ep.Job {
+		greeting = "job 7 ready\n"
+	}
+	if _, err := io.WriteString(c, greeting); err != nil {
 		return
 	}
 	line, err := readLine(c)
@@ -293,6 +322,54 @@ func (b *Blue) implant(c net.Conn, h scenario.Host) {
 		return
 	}
 	fmt.Fprintf(c, "%s\n", b.run(h, line))
+}
+
+// lookUp is the planted process that works by names. A tunnel puts what it
+// steals into the name; a beacon asks once where its master is, then calls.
+func (b *Blue) lookUp(ctx context.Context, h scenario.Host) bool {
+	name := b.ep.Domain
+	if b.ep.Lookup == "tunnel" {
+		name = hex.EncodeToString([]byte(b.ep.Secret)) + "." + name
+	}
+	if b.asked != nil { // the last lookup first comes to its end
+		select {
+		case <-b.asked:
+		case <-ctx.Done():
+			return false
+		}
+	}
+	b.mu.Lock()
+	master := b.resolved
+	b.mu.Unlock()
+	if b.ep.Lookup == "beacon" && master.IsValid() {
+		c, err := b.call(ctx, h, netip.AddrPortFrom(master, beaconPort))
+		if err == nil {
+			b.keep(c, func() { b.implant(c, h) })
+		}
+		return err == nil
+	}
+	server, _ := scenario.HostByName("dns1")
+	c, err := b.stand.Dial(ctx, h.Addr, server.At())
+	if err != nil {
+		return false
+	}
+	asked := make(chan struct{})
+	b.asked = asked
+	b.keep(c, func() {
+		defer close(asked)
+		if at, err := resolve(c, name); err == nil && !scenario.HostNet.Contains(at) {
+			b.mu.Lock()
+			b.resolved = at
+			b.mu.Unlock()
+		}
+	})
+	select {
+	case out := <-b.forwarded:
+		return out
+	case <-ctx.Done():
+	case <-time.After(serviceTimeout):
+	}
+	return false
 }
 
 // readLine reads up to 1 KiB to the end of a line, byte by byte: nothing that

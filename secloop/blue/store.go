@@ -1,6 +1,7 @@
 package blue
 
 import (
+	"bufio"
 	"fmt"
 	"net"
 	"strings"
@@ -11,8 +12,9 @@ import (
 // serveStore speaks the inline form of RESP: one command a line.
 func (b *Blue) serveStore(c net.Conn, h scenario.Host) {
 	authenticated, dir := false, "/var/lib/store"
+	r := bufio.NewReaderSize(c, 256)
 	for {
-		line, err := readLine(c)
+		line, err := readLine(r)
 		if err != nil {
 			return
 		}
@@ -47,6 +49,14 @@ func (b *Blue) serveStore(c net.Conn, h scenario.Host) {
 			} else {
 				fmt.Fprint(c, "+OK\r\n")
 			}
+		case command == "SLAVEOF" && len(words) == 3: // nobody is followed
+			fmt.Fprint(c, "+OK\r\n")
+		case command == "MODULE" && len(words) == 3 && strings.EqualFold(words[1], "LOAD"): // nothing is loaded
+			fmt.Fprint(c, "+OK loaded\r\n")
+		case command == "KEYS", command == "SCAN":
+			fmt.Fprint(c, "+records sessions\r\n")
+		case (command == "DUMP" || command == "GET") && len(words) == 2 && words[1] == "records":
+			fmt.Fprintf(c, "+%s\r\n", b.run(h, "cat /secret"))
 		default:
 			fmt.Fprint(c, "-ERR unknown command\r\n")
 		}

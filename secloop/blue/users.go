@@ -1,6 +1,7 @@
 package blue
 
 import (
+	"bufio"
 	"context"
 	"encoding/binary"
 	"fmt"
@@ -68,18 +69,19 @@ func User(ctx context.Context, stand scenario.Stand, src netip.Addr, h scenario.
 }
 
 func login(c io.ReadWriter) error {
-	if _, err := readLine(c); err != nil {
+	r := bufio.NewReaderSize(c, 256)
+	if _, err := readLine(r); err != nil {
 		return err
 	}
 	if _, err := io.WriteString(c, "KEY "+UserKey+"\n"); err != nil {
 		return err
 	}
-	if line, err := readLine(c); err != nil || line != "welcome" {
+	if line, err := readLine(r); err != nil || line != "welcome" {
 		return fmt.Errorf("login answered %.60q (%v)", line, err)
 	}
 	_, err := io.WriteString(c, "RUN id\n")
 	if err == nil {
-		_, err = readLine(c)
+		_, err = readLine(r)
 	}
 	return err
 }

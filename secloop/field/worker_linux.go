@@ -135,7 +135,7 @@ func build(ep scenario.Episode) (*workerField, error) {
 		return nil, fmt.Errorf("start red: %w", err)
 	}
 	for i, st := range ep.Chain() {
-		w.listens[i] = st.Plugin == "listen"
+		w.listens[i] = scenario.Waits(st.Plugin)
 	}
 	return w, nil
 }

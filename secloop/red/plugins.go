@@ -3,14 +3,17 @@ package red
 import (
 	"context"
 	"encoding/binary"
+	"encoding/hex"
 	"fmt"
 	"io"
+	"maps"
 	"net"
 	"net/netip"
 	"net/url"
 	"slices"
 	"strings"
 	"sync"
+	"time"
 
 	"golang.org/x/net/dns/dnsmessage"
 
@@ -103,13 +106,18 @@ func (r *Red) store(ctx context.Context, b *budget, src netip.Addr, with map[str
 	return scenario.Result{Output: out, Count: len(out)}, err
 }
 
-// login guesses passwords, three a connection, and runs one command when it is in.
+// login guesses passwords, three a connection, and runs one command when it is
+// in; when the password is known it needs no guess.
 func (r *Red) login(ctx context.Context, b *budget, src netip.Addr, with map[string]string) (scenario.Result, error) {
-	n, err := number(with, "guesses", 1, len(r.ep.Words))
-	if err != nil {
-		return scenario.Result{}, err
+	words := []string{r.ep.Password}
+	if with["known"] == "" {
+		n, err := number(with, "guesses", 1, len(r.ep.Words))
+		if err != nil {
+			return scenario.Result{}, err
+		}
+		words = r.ep.Words[:n]
 	}
-	for group := range slices.Chunk(r.ep.Words[:n], 3) {
+	for group := range slices.Chunk(words, 3) {
 		c, err := b.dial(ctx, src, r.target().At())
 		if err != nil {
 			return scenario.Result{}, err
@@ -204,18 +212,10 @@ func (r *Red) dns(ctx context.Context, b *budget, src netip.Addr, with map[strin
 // listen takes the first connection of what blue's host was made to run,
 // answers with send and keeps what comes. Prepare has opened the listener.
 func (r *Red) listen(ctx context.Context, b *budget, _ netip.Addr, with map[string]string) (scenario.Result, error) {
-	if r.ln == nil {
-		return scenario.Result{}, fmt.Errorf("not prepared")
-	}
-	ln := r.ln
-	defer r.closeListener()
-	stop := context.AfterFunc(ctx, func() { ln.Close() })
-	defer stop()
-	c, err := ln.Accept()
+	c, err := r.accept(ctx, b)
 	if err != nil {
 		return scenario.Result{}, err
 	}
-	b.used++
 	text := ""
 	if with["send"] != "" {
 		text = with["send"] + "\n"
@@ -227,6 +227,91 @@ func (r *Red) listen(ctx context.Context, b *budget, _ netip.Addr, with map[stri
 	}
 	out, err := ask(c, text)
 	return scenario.Result{Output: out, Count: len(out)}, err
+}
+
+// accept takes the first connection to what Prepare has opened.
+func (r *Red) accept(ctx context.Context, b *budget) (net.Conn, error) {
+	if r.ln == nil {
+		return nil, fmt.Errorf("not prepared")
+	}
+	ln := r.ln
+	defer r.closeListener()
+	stop := context.AfterFunc(ctx, func() { ln.Close() })
+	defer stop()
+	c, err := ln.Accept()
+	if err == nil {
+		b.used++
+		c.SetDeadline(time.Now().Add(maxTime))
+	}
+	return c, err
+}
+
+// include sends one request that makes the target come for a file, and serves it.
+func (r *Red) include(ctx context.Context, b *budget, src netip.Addr, with map[string]string) (scenario.Result, error) {
+	if err := r.open(with); err != nil {
+		return scenario.Result{}, err
+	}
+	ln, served := r.ln, make(chan int)
+	go func() {
+		n := 0
+		for c, err := ln.Accept(); err == nil; c, err = ln.Accept() {
+			c.SetDeadline(time.Now().Add(maxTime))
+			for line, err := readLine(c); err == nil && line != ""; line, err = readLine(c) {
+			}
+			fmt.Fprintf(c, "HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%s", len(with["serve"]), with["serve"])
+			c.Close()
+			n++
+		}
+		served <- n
+	}()
+	request := maps.Clone(with)
+	delete(request, "port")
+	res, err := r.http(ctx, b, src, request)
+	r.closeListener()
+	res.Count = <-served
+	return res, err
+}
+
+// names answers the first lookup of what blue's host was made to run and keeps the name.
+func (r *Red) names(ctx context.Context, b *budget, _ netip.Addr, with map[string]string) (scenario.Result, error) {
+	to, err := netip.ParseAddr(with["answer"])
+	if err != nil {
+		return scenario.Result{}, fmt.Errorf("parameter answer: %w", err)
+	}
+	c, err := r.accept(ctx, b)
+	if err != nil {
+		return scenario.Result{}, err
+	}
+	defer c.Close()
+	var size [2]byte
+	if _, err := io.ReadFull(c, size[:]); err != nil {
+		return scenario.Result{}, err
+	}
+	buf := make([]byte, binary.BigEndian.Uint16(size[:]))
+	if _, err := io.ReadFull(c, buf); err != nil {
+		return scenario.Result{}, err
+	}
+	var m dnsmessage.Message
+	if err := m.Unpack(buf); err != nil || len(m.Questions) != 1 {
+		return scenario.Result{}, fmt.Errorf("unpack lookup: %v, %d questions", err, len(m.Questions))
+	}
+	q := m.Questions[0]
+	m.Response = true
+	m.Answers = []dnsmessage.Resource{{
+		Header: dnsmessage.ResourceHeader{Name: q.Name, Type: dnsmessage.TypeA, Class: dnsmessage.ClassINET, TTL: 60},
+		Body:   &dnsmessage.AResource{A: to.As4()},
+	}}
+	out, err := m.Pack()
+	if err != nil {
+		return scenario.Result{}, err
+	}
+	_, err = c.Write(append(binary.BigEndian.AppendUint16(nil, uint16(len(out))), out...))
+	text := q.Name.String()
+	first, _, _ := strings.Cut(text, ".")
+	if said, e := hex.DecodeString(first); e == nil {
+		text += " " + string(said)
+	}
+	return scenario.Result{Output: text, Count: len(text)}, err
 }
 
 // syn sends SYNs with forged sources, completes none and keeps the queue full until Release.
@@ -246,21 +331,23 @@ func (r *Red) syn(ctx context.Context, _ *budget, _ netip.Addr, with map[string]
 	return scenario.Result{Count: sent, Packets: sent}, err
 }
 
-// connections opens connections from all of red's addresses in turn and holds them until Release.
+// connections opens connections from all of red's addresses in turn, says the
+// beginning of a request where there is one, and holds them until Release.
 func (r *Red) connections(ctx context.Context, b *budget, _ netip.Addr, with map[string]string) (scenario.Result, error) {
 	n, err := number(with, "connections", 1, maxConnections)
 	if err != nil {
 		return scenario.Result{}, err
 	}
 	var last error
-	for i, src := range r.ep.Sources { // an address that gets no answer is given up
-		for range n/len(r.ep.Sources) + min(1, max(0, n%len(r.ep.Sources)-i)) {
-			c, err := b.dial(ctx, src, r.target().At())
-			if err != nil {
-				last = err
-				break
-			}
-			r.held = append(r.held, c)
+	for i := range n { // in turn, so that those which find no room are spread over the sources
+		c, err := b.dial(ctx, r.ep.Sources[i%len(r.ep.Sources)], r.target().At())
+		if err != nil {
+			last = err
+			continue
+		}
+		r.held = append(r.held, c)
+		if with["say"] != "" { // whoever is turned away at once does not listen
+			io.WriteString(c, with["say"])
 		}
 	}
 	return scenario.Result{Count: len(r.held)}, last

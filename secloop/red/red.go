@@ -38,7 +38,7 @@ func New(ep scenario.Episode, stand scenario.Stand) *Red {
 }
 
 // Listens reports whether a stage waits for blue to come.
-func (r *Red) Listens(i int) bool { return r.chain[i].Plugin == "listen" }
+func (r *Red) Listens(i int) bool { return scenario.Waits(r.chain[i].Plugin) }
 
 // Prepare opens the listeners of a stage that waits: one per address of red.
 func (r *Red) Prepare(i int) error {
@@ -46,7 +46,12 @@ func (r *Red) Prepare(i int) error {
 		return nil
 	}
 	r.closeListener()
-	port, err := number(r.chain[i].With, "port", 1, 65535)
+	return r.open(r.chain[i].With)
+}
+
+// open listens on a port of every address of red.
+func (r *Red) open(with map[string]string) error {
+	port, err := number(with, "port", 1, 65535)
 	if err != nil {
 		return err
 	}
@@ -117,6 +122,7 @@ type plugin func(r *Red, ctx context.Context, b *budget, src netip.Addr, with ma
 var plugins = map[string]plugin{
 	"scan": (*Red).scan, "http": (*Red).http, "store": (*Red).store, "login": (*Red).login,
 	"dns": (*Red).dns, "listen": (*Red).listen, "syn": (*Red).syn, "connections": (*Red).connections,
+	"include": (*Red).include, "names": (*Red).names,
 }
 
 // Run plays stage i. What goes wrong is part of the result: a plug-in that
@@ -135,7 +141,12 @@ func (r *Red) Run(ctx context.Context, i int) (res scenario.Result) {
 		res.Output = res.Output[:min(len(res.Output), maxOutput)]
 		res.Millis = float64(time.Since(start).Microseconds()) / 1000
 	}()
-	res, err := plugins[st.Plugin](r, ctx, b, r.ep.From(i), st.With)
+	var err error
+	for _, src := range r.ep.Ways(i) { // whoever is refused comes from elsewhere, if they can
+		if res, err = plugins[st.Plugin](r, ctx, b, src, st.With); err == nil || ctx.Err() != nil {
+			break
+		}
+	}
 	if err != nil {
 		res.Error = err.Error()
 	}

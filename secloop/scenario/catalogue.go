@@ -5,6 +5,7 @@ import (
 	_ "embed"
 	"fmt"
 	"hash/fnv"
+	"maps"
 	"math/rand/v2"
 	"net/netip"
 	"slices"
@@ -18,17 +19,20 @@ import (
 
 // Scenario is an attack chain.
 type Scenario struct {
-	Name      string         `yaml:"name"`
-	Tactic    string         `yaml:"tactic"`    // ATT&CK tactic
-	Technique string         `yaml:"technique"` // ATT&CK technique id
-	Heldout   bool           `yaml:"heldout"`   // never drawn for training
-	Reference string         `yaml:"reference"` // the flaw it is modelled on, if any
-	Targets   []string       `yaml:"targets"`
-	Implant   string         `yaml:"implant"` // addresses that a process planted on the target calls, in order
-	Rotate    bool           `yaml:"rotate"`  // later stages come from another address
-	Risk      string         `yaml:"risk"`
-	Stages    []Stage        `yaml:"stages"`
-	Helps     []secloop.Call `yaml:"helps"`
+	Name      string              `yaml:"name"`
+	Tactic    string              `yaml:"tactic"`    // ATT&CK tactic
+	Technique string              `yaml:"technique"` // ATT&CK technique id
+	Heldout   bool                `yaml:"heldout"`   // never drawn for training
+	Reference string              `yaml:"reference"` // the flaw it is modelled on, if any
+	Targets   []string            `yaml:"targets"`
+	Implant   string              `yaml:"implant"` // addresses that a process planted on the target calls, in order
+	Job       bool                `yaml:"job"`     // the planted process is a file that a scheduler starts again
+	Lookup    string              `yaml:"lookup"`  // what the planted process does with names: "beacon" or "tunnel"
+	Vars      map[string][]string `yaml:"vars"`    // spellings of which each incident draws one
+	Rotate    bool                `yaml:"rotate"`  // later stages come from another address
+	Risk      string              `yaml:"risk"`
+	Stages    []Stage             `yaml:"stages"`
+	Helps     []secloop.Call      `yaml:"helps"`
 }
 
 // Stage is one step of a chain.
@@ -79,7 +83,7 @@ var Tactics = []string{"reconnaissance", "initial_access", "execution", "persist
 	"lateral_movement", "collection", "command_and_control", "exfiltration", "impact"}
 
 // Plugins are the red plug-ins that a stage may name.
-var Plugins = []string{"scan", "http", "store", "login", "dns", "listen", "syn", "connections"}
+var Plugins = []string{"scan", "http", "store", "login", "dns", "listen", "syn", "connections", "include", "names"}
 
 // Parse reads a catalogue and checks it.
 func Parse(text []byte) ([]Scenario, error) {
@@ -105,6 +109,16 @@ func Parse(text []byte) ([]Scenario, error) {
 			return nil, bad("targets, stages or helps", "empty")
 		}
 		seen[s.Name] = true
+		for name, spellings := range s.Vars {
+			for other := range s.Vars {
+				if len(spellings) == 0 || other != name && strings.HasPrefix(other, name) {
+					return nil, bad("vars", name)
+				}
+			}
+		}
+		if s.Lookup != "" && s.Lookup != "beacon" && s.Lookup != "tunnel" {
+			return nil, bad("lookup", s.Lookup)
+		}
 		for _, t := range s.Targets {
 			if _, ok := HostByName(t); !ok {
 				return nil, bad("target", t)
@@ -151,7 +165,14 @@ type Episode struct {
 	Password string // the weak one that can be guessed
 	Words    []string
 	Implants []netip.AddrPort // whom the planted process calls; empty for none
+	Session  string           // a stolen one
+	Domain   string           // the attacker's
+	Job      bool             // the planted process is started again by a scheduler
+	Lookup   string           // "beacon" or "tunnel" when it works by names
+	Resolver netip.AddrPort   // who answers for names outside, when the planted process looks them up
 }
+
+var domains = []string{"cdn-edge.test", "stat-pool.test", "img-cache.test", "sync-edge.test", "cdn-pool.test", "stat-cache.test"}
 
 var words = []string{"summer", "welcome1", "dragon", "qwerty", "letmein", "football", "monkey", "shadow"}
 
@@ -170,7 +191,7 @@ func New(a secloop.Alert) (Episode, error) {
 		return Episode{}, fault.New(fault.Invalid, "bad_scenario", "build episode: target %q, expected one of %v", a.Target, s.Targets)
 	}
 	h := fnv.New64a()
-	fmt.Fprint(h, a.Key())
+	fmt.Fprint(h, a.Key(), a.Count)
 	r := rand.New(rand.NewPCG(h.Sum64(), 6))
 	e := Episode{Scenario: s.Name, Seed: h.Sum64(), Secret: fmt.Sprintf("flag-%016x", r.Uint64()), Sources: [3]netip.Addr{src}}
 	e.Target, _ = HostByName(a.Target)
@@ -182,6 +203,12 @@ func New(a secloop.Alert) (Episode, error) {
 	e.Words = slices.Clone(words)
 	r.Shuffle(len(e.Words), func(i, j int) { e.Words[i], e.Words[j] = e.Words[j], e.Words[i] })
 	e.Password = e.Words[3+r.IntN(len(words)-3)]
+	e.Session = fmt.Sprintf("s-%08x", r.Uint32())
+	e.Domain = domains[r.IntN(len(domains))]
+	e.Job, e.Lookup = s.Job, s.Lookup
+	if s.Lookup != "" {
+		e.Resolver = netip.AddrPortFrom(e.Sources[1], 5353)
+	}
 	if s.Implant != "" {
 		for p := range strings.SplitSeq(e.Expand(s.Implant), ",") {
 			at, err := netip.ParseAddrPort(p)
@@ -194,10 +221,22 @@ func New(a secloop.Alert) (Episode, error) {
 	return e, nil
 }
 
-// Expand fills in the episode's variables.
+// Waits reports whether a plug-in waits for blue to come.
+func Waits(plugin string) bool { return plugin == "listen" || plugin == "names" }
+
+// Expand fills in the episode's variables: first the scenario's spellings,
+// written $name or ${name}, then what every episode has.
 func (e Episode) Expand(text string) string {
-	return strings.NewReplacer("$source", e.Sources[0].String(), "$alt1", e.Sources[1].String(), "$alt2", e.Sources[2].String(),
-		"$secret", e.Secret, "$target", e.Target.Addr.String(), "$host", e.Target.Name).Replace(text)
+	s, _ := ByName(e.Scenario)
+	names := slices.Sorted(maps.Keys(s.Vars))
+	r := rand.New(rand.NewPCG(e.Seed, 7))
+	var drawn []string
+	for _, name := range names {
+		v := s.Vars[name][r.IntN(len(s.Vars[name]))]
+		drawn = append(drawn, "${"+name+"}", v, "$"+name, v)
+	}
+	return strings.NewReplacer("$session", e.Session, "$domain", e.Domain, "$source", e.Sources[0].String(), "$alt1", e.Sources[1].String(), "$alt2", e.Sources[2].String(),
+		"$secret", e.Secret, "$target", e.Target.Addr.String(), "$host", e.Target.Name).Replace(strings.NewReplacer(drawn...).Replace(text))
 }
 
 // Chain returns the episode's stages, filled in.
@@ -216,12 +255,13 @@ func (e Episode) Chain() []Stage {
 	return out
 }
 
-// From is the address that a stage comes from.
-func (e Episode) From(stage int) netip.Addr {
-	if s, _ := ByName(e.Scenario); s.Rotate && stage > 0 {
-		return e.Sources[1]
+// Ways are the addresses that a stage may come from, in order: an attacker who
+// rotates comes from another one after the first stage, or when refused.
+func (e Episode) Ways(stage int) []netip.Addr {
+	if s, _ := ByName(e.Scenario); !s.Rotate {
+		return e.Sources[:1]
 	}
-	return e.Sources[0]
+	return e.Sources[min(stage, 1):]
 }
 
 // Remedies returns the strategies that should stop the whole chain, one call each.

@@ -18,8 +18,8 @@ func (Judge) Rationality(a secloop.Alert, s secloop.Strategy) float64 {
 			about = c.Params["ip"]
 		}
 		helps := false
-		for _, h := range sc.Helps {
-			helps = helps || h.Tool == c.Tool
+		for _, h := range sc.Helps { // the class of request and the port are part of the remedy
+			helps = helps || h.Tool == c.Tool && h.Params["rule"] == c.Params["rule"] && h.Params["port"] == c.Params["port"]
 		}
 		switch {
 		case !ok || t.Harmful, about != a.Target && about != a.Source:

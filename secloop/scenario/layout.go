@@ -21,6 +21,7 @@ var (
 	UserGate   = netip.MustParseAddr("198.18.1.1")
 	loopback   = netip.MustParsePrefix("127.0.0.0/8")
 	Metadata   = netip.MustParseAddrPort("127.0.0.1:9000") // the internal service that SSRF is after
+	Sinkhole   = netip.MustParseAddr("198.18.2.250")       // where lookups go that are sunk; nobody lives there
 	TrustedWWW = netip.MustParseAddr("198.18.2.11")        // what www.corp.test should resolve to
 )
 

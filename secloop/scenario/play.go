@@ -5,12 +5,18 @@ import (
 	"fmt"
 	"time"
 
+	"trainerd/internal/fault"
 	"trainerd/secloop"
 )
 
 // UserConnections is how many connections legitimate clients open to each host
 // for a verdict on its service.
 const UserConnections = 10
+
+// MaxChanges is how many calls of a strategy are carried out: what one change
+// window allows. Those beyond fail, so that applying every tool at once, which
+// would stop most attacks without a thought, is no strategy.
+const MaxChanges = 3
 
 // Sides are the two teams and the users of one battle-field.
 type Sides interface {
@@ -58,7 +64,11 @@ func Play(ctx context.Context, e Episode, strategy secloop.Strategy, s Sides) (O
 	var out Outcome
 	ran := 0
 	for i, c := range strategy {
-		a, err := ParseCall(c)
+		var a Action
+		err := fault.New(fault.Invalid, "too_many_calls", "a change window allows %d calls", MaxChanges)
+		if i < MaxChanges {
+			a, err = ParseCall(c)
+		}
 		if err == nil {
 			err = s.Apply(ctx, a)
 		}

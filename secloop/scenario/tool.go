@@ -118,6 +118,11 @@ func rule(r Rule) Effect              { return Effect{Rule: &r} }
 func sysctl(k, v string) Effect       { return Effect{Sysctl: &Sysctl{k, v}} }
 func setting(h Host, n string) Effect { return Effect{Setting: &Setting{h.Name, n}} }
 
+// always is a setting that any host can have.
+func always(name string) func(Host, map[string]string) ([]Effect, error) {
+	return func(h Host, _ map[string]string) ([]Effect, error) { return []Effect{setting(h, name)}, nil }
+}
+
 // only wraps a setting of services of one kind; on other hosts the tool fails,
 // as it would on a machine that does not run the service.
 func only(kind, name string) func(Host, map[string]string) ([]Effect, error) {
@@ -131,7 +136,7 @@ func only(kind, name string) func(Host, map[string]string) ([]Effect, error) {
 
 var hostParam = Param{Name: "host", Doc: "blue host", Enum: HostNames()}
 
-var wafRules = []string{"sqli", "xss", "lfi", "ssrf", "upload", "header"}
+var wafRules = []string{"sqli", "xss", "csrf", "lfi", "rfi", "ssrf", "upload", "header", "wrapper"}
 
 var tools = []Tool{
 	{Name: "block_ip", Doc: "refuse all traffic of one address", Params: []Param{{Name: "ip", Doc: "address to block"}},
@@ -149,6 +154,7 @@ var tools = []Tool{
 			n, _ := strconv.Atoi(p["per_source"])
 			return []Effect{rule(Rule{Dst: h.Addr, PerSource: n})}, nil
 		}},
+	{Name: "enable_app_allowlist", Doc: "start only programs that belong on the host", Params: []Param{hostParam}, effects: always(AppAllowlist)},
 	{Name: "filter_egress", Doc: "refuse connections that a host opens", Params: []Param{hostParam},
 		effects: func(h Host, _ map[string]string) ([]Effect, error) {
 			return []Effect{rule(Rule{Out: true, Src: h.Addr})}, nil
@@ -162,15 +168,17 @@ var tools = []Tool{
 			return []Effect{rule(Rule{Dst: h.Addr, Established: true}), rule(Rule{Out: true, Src: h.Addr, Established: true})}, nil
 		}},
 	{Name: "kill_process", Doc: "end processes that do not belong on the host", Params: []Param{hostParam},
-		effects: func(h Host, _ map[string]string) ([]Effect, error) { return []Effect{setting(h, ImplantKilled)}, nil }},
+		effects: always(ImplantKilled)},
 	{Name: "patch_service", Doc: "update the web application: middleware, uploads, object decoding", Params: []Param{hostParam}, effects: only(Web, Patched)},
 	{Name: "pin_dns", Doc: "accept signed updates only", Params: []Param{hostParam}, effects: only(DNS, SignedUpdates)},
+	{Name: "quarantine_file", Doc: "take away files that do not belong on the host", Params: []Param{hostParam}, effects: always(FileQuarantined)},
 	{Name: "rate_limit", Doc: "cap new connections to a host per hour, whoever opens them", Params: []Param{hostParam, {Name: "per_hour", Doc: "new connections", Min: 1, Max: 8}}, Harmful: true,
 		effects: func(h Host, p map[string]string) ([]Effect, error) {
 			n, _ := strconv.Atoi(p["per_hour"])
 			return []Effect{rule(Rule{Dst: h.Addr, PerHour: n})}, nil
 		}},
 	{Name: "redis_require_auth", Doc: "require a password of the data store", Params: []Param{hostParam}, effects: only(Store, RequireAuth)},
+	{Name: "revoke_sessions", Doc: "sign out everybody on a web host", Params: []Param{hostParam}, effects: only(Web, SessionsRevoked)},
 	{Name: "rotate_credentials", Doc: "new passwords for the host's accounts", Params: []Param{hostParam},
 		effects: func(h Host, _ map[string]string) ([]Effect, error) {
 			if h.Service != Shell && h.Service != Share {
@@ -179,6 +187,8 @@ var tools = []Tool{
 			return []Effect{setting(h, PasswordRotated)}, nil
 		}},
 	{Name: "secure_sshd", Doc: "keys only, no passwords", Params: []Param{hostParam}, effects: only(Shell, KeysOnly)},
+	{Name: "shutdown_service", Doc: "stop the host's services", Params: []Param{hostParam}, Harmful: true, effects: always(ServiceStopped)},
+	{Name: "sinkhole_dns", Doc: "answer a host's lookups of names outside with a dead address", Params: []Param{hostParam}, effects: always(LookupsSunk)},
 	{Name: "waf_rule", Doc: "filter one class of request on a web host", Params: []Param{hostParam, {Name: "rule", Doc: "class", Enum: wafRules}},
 		effects: func(h Host, p map[string]string) ([]Effect, error) {
 			if h.Service != Web {
@@ -196,6 +206,11 @@ const (
 	RequireAuth     = "require_auth"
 	PasswordRotated = "password_rotated"
 	KeysOnly        = "keys_only"
+	AppAllowlist    = "app_allowlist"
+	FileQuarantined = "file_quarantined"
+	SessionsRevoked = "sessions_revoked"
+	ServiceStopped  = "service_stopped"
+	LookupsSunk     = "lookups_sunk"
 	WAF             = "waf_" // followed by one of the rules of waf_rule
 )
 

@@ -58,41 +58,37 @@ func (n *network) setSysctl(s scenario.Sysctl) {
 	n.sysctls[s.Key] = s.Value
 }
 
-// passes says whether the filter lets a new connection through; mu is held.
-// Packets cross the filter only between blue and the rest, and a connection
-// needs both directions.
+// passes says whether the filter lets a new connection through; mu is held. The
+// filter stands at every host: it looks at what a host sends, at what comes to
+// a host and, where a rule is not about new connections only, at the answers.
 func (n *network) passes(src netip.Addr, dst netip.AddrPort) bool {
-	in := scenario.HostNet.Contains(dst.Addr()) && !scenario.HostNet.Contains(src)
-	out := scenario.HostNet.Contains(src) && !scenario.HostNet.Contains(dst.Addr())
-	if !in && !out {
-		return true
-	}
+	toHost, fromHost := scenario.HostNet.Contains(dst.Addr()), scenario.HostNet.Contains(src)
 	for i, r := range n.rules {
-		from, to := src, dst.Addr()
-		if r.Out == in { // the rule looks at the answers
-			if !r.Established {
-				continue
-			}
-			from, to = to, from
-		}
-		if r.Src.IsValid() && r.Src != from || r.Dst.IsValid() && r.Dst != to || r.Port != 0 && r.Port != dst.Port() {
-			continue
-		}
-		switch {
-		case r.PerHour > 0:
-			if n.used[i] >= r.PerHour {
-				return false
-			}
-			n.used[i]++
-		case r.PerSource > 0:
-			if n.open[to][from] >= r.PerSource {
-				return false
-			}
-		default:
+		there := toHost && !r.Out || fromHost && r.Out
+		back := r.Established && (fromHost && !r.Out || toHost && r.Out)
+		if there && !n.accepts(i, r, src, dst.Addr(), dst.Port()) || back && !n.accepts(i, r, dst.Addr(), src, 0) {
 			return false
 		}
 	}
 	return true
+}
+
+// accepts applies one rule to a packet; a client's port is given as 0.
+func (n *network) accepts(i int, r scenario.Rule, from, to netip.Addr, port uint16) bool {
+	if r.Src.IsValid() && r.Src != from || r.Dst.IsValid() && r.Dst != to || r.Port != 0 && r.Port != port {
+		return true
+	}
+	switch {
+	case r.PerHour > 0:
+		if n.used[i] >= r.PerHour {
+			return false
+		}
+		n.used[i]++
+		return true
+	case r.PerSource > 0:
+		return n.open[to][from] < r.PerSource
+	}
+	return false
 }
 
 // Dial implements scenario.Stand.
