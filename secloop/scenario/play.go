@@ -65,7 +65,7 @@ func Play(ctx context.Context, e Episode, strategy secloop.Strategy, s Sides) (O
 	ran := 0
 	for i, c := range strategy {
 		var a Action
-		err := fault.New(fault.Invalid, "too_many_calls", "a change window allows %d calls", MaxChanges)
+		var err error = fault.New(fault.Invalid, "too_many_calls", "a change window allows %d calls", MaxChanges)
 		if i < MaxChanges {
 			a, err = ParseCall(c)
 		}
