@@ -79,11 +79,11 @@ goldens: venv $(SMOLLM2) ## makes parity/testdata anew (PyTorch)
 	TRAINERD_SMOLLM2=$(SMOLLM2) $(PY) parity/py/make_goldens.py
 	$(PY) sagrpo/testdata/trl_goldens.py
 
-crash: ## kill -9 and power cuts on a real server, 110 seeded deaths of each kind
+crash: ## kill -9 and power cuts on a real server: 108 seeded jobs each, every one dies and has to end as if it had not
 	CGO_ENABLED=0 $(GO) test -tags crashpoints -count=1 -v -timeout 10m -run 'TestKills|TestPowerCuts' ./internal/crashtest
 
-soak: ## the same for KILLS deaths of each kind (5000), from another SEED
-	CGO_ENABLED=0 $(GO) test -tags crashpoints -count=1 -v -timeout 24h -run 'TestKills|TestPowerCuts' ./internal/crashtest -kills $${KILLS:-5000} -seed $${SEED:-1000}
+soak: ## the same for RUNS jobs of each kind (5000), from another SEED
+	CGO_ENABLED=0 $(GO) test -tags crashpoints -count=1 -v -timeout 24h -run 'TestKills|TestPowerCuts' ./internal/crashtest -runs $${RUNS:-5000} -seed $${SEED:-1000}
 
 crash-mutations: ## one sync or record left out at a time: each must turn the crash suite red
 	CGO_ENABLED=0 $(GO) test -tags crashpoints -count=1 -v -timeout 30m -parallel 3 -run TestMutations ./internal/crashtest

@@ -19,6 +19,7 @@ type mutation struct {
 	why     string // what it is for
 	variant int
 	strikes func(r *rand.Rand) []strike
+	segment int64 // as in run
 }
 
 // cuts are power cuts at a point, at a random passage each.
@@ -35,38 +36,38 @@ func cuts(at string, passages, n int) func(*rand.Rand) []strike {
 var mutations = []mutation{
 	{"records.step", "the record of a step", f32, func(r *rand.Rand) []strike {
 		return []strike{{at: "step.recorded", n: 2 + r.IntN(3), after: 5 * time.Second}}
-	}},
-	{"records.fsync", "the sync of the database", f32, cuts("step.before_record", 4, 3)},
-	{"data.dir_name", "the sync of the data directory's names", f32, cuts("spool.frame_synced", 3, 2)},
-	{"spool.dir_name", "the sync of a new spool directory's name", f32, cuts("spool.frame_synced", 3, 2)},
-	{"spool.header", "the sync of a new segment's header", f32, cuts("spool.payload_written", 2, 12)},
-	{"spool.segment_name", "the sync of a new segment's name", f32, cuts("spool.payload_written", 4, 4)},
-	{"spool.frame", "the sync of an accepted batch", f32, cuts("spool.payload_written", 4, 4)},
+	}, 0},
+	{"records.fsync", "the sync of the database", f32, cuts("step.before_record", 4, 3), 0},
+	{"data.dir_name", "the sync of the data directory's names", f32, cuts("spool.frame_synced", 3, 2), 0},
+	{"spool.dir_name", "the sync of a new spool directory's name", f32, cuts("spool.frame_synced", 3, 2), 0},
+	{"spool.header", "the sync of a new segment's header", f32, cuts("spool.payload_written", 2, 12), 0},
+	{"spool.segment_name", "the sync of a new segment's name", f32, cuts("spool.payload_written", 4, 4), 0},
+	{"spool.frame", "the sync of an accepted batch", f32, cuts("spool.payload_written", 4, 4), 0},
 	{"spool.recovered", "the sync of a frame that a killed process wrote", f32, func(r *rand.Rand) []strike {
 		return []strike{{at: "spool.frame_written", n: 2, after: 5 * time.Second}, {at: "spool.payload_written", n: 1, after: 5 * time.Second, power: true}}
-	}},
+	}, 0},
 	{"spool.recovered_name", "the sync of a segment's name that a killed process left", f32, func(r *rand.Rand) []strike {
 		return []strike{{at: "spool.new_segment", n: 2, after: 5 * time.Second}, {at: "spool.payload_written", n: 2, after: 5 * time.Second, power: true}}
-	}},
-	{"store.dir_name", "the sync of a new directory's name in the store", f32, cuts("step.before_record", 4, 3)},
-	{"store.file", "the sync of a stored file", f32, cuts("step.before_record", 4, 3)},
-	{"store.file_name", "the sync of a stored file's name", f32, cuts("step.before_record", 4, 3)},
+	}, 0},
+	{"store.dir_name", "the sync of a new directory's name in the store", f32, cuts("step.before_record", 4, 3), 0},
+	{"store.file", "the sync of a stored file", f32, cuts("step.before_record", 4, 3), 0},
+	{"store.file_name", "the sync of a stored file's name", f32, cuts("step.before_record", 4, 3), 0},
 	{"store.settled", "the sync of names that a killed process left", lagging, func(r *rand.Rand) []strike {
 		// A checkpoint without state is six files, its manifest the fifth.
 		return []strike{{at: "store.renamed", n: 5 + 6*r.IntN(3), after: 5 * time.Second}, {at: "store.copied", n: 2 + r.IntN(2), after: 5 * time.Second, power: true}}
-	}},
+	}, 0},
 	{"queue.bound", "the bound of trimming: what the snapshot stands for", f32, func(r *rand.Rand) []strike {
 		return []strike{{at: "trim.done", n: 1 + r.IntN(3), after: 10 * time.Second}}
-	}},
+	}, 1},
 	{"queue.committed", "trimming only once the snapshot is committed", f32, func(r *rand.Rand) []strike {
 		return []strike{{at: "checkpoint.queue_written", n: 1 + r.IntN(3), after: 10 * time.Second}}
-	}},
+	}, 0},
 	{"ended.file", "the sync of what is kept of an ended job", ending, func(r *rand.Rand) []strike {
 		return []strike{{at: "ended.reclaim", n: 2 + r.IntN(3), after: 10 * time.Second, power: true}}
-	}},
+	}, 0},
 	{"ended.name", "the sync of its name", ending, func(r *rand.Rand) []strike {
 		return []strike{{at: "ended.reclaim", n: 2 + r.IntN(3), after: 10 * time.Second, power: true}}
-	}},
+	}, 0},
 }
 
 // TestMutations leaves each out in turn. The same run with everything in place
@@ -82,7 +83,7 @@ func TestMutations(t *testing.T) {
 				rng := rand.New(rand.NewPCG(*seed+try, 11))
 				dir := filepath.Join(t.TempDir(), fmt.Sprint(try, "-", off))
 				defer os.RemoveAll(dir)
-				_, err := run{variant: variants[m.variant], modelDir: modelDir, ref: refs[m.variant], strikes: m.strikes(rng), rng: rng, off: off}.do(total, dir)
+				_, err := run{variant: variants[m.variant], modelDir: modelDir, ref: refs[m.variant], strikes: m.strikes(rng), rng: rng, off: off, segment: m.segment}.do(total, dir)
 				return err
 			}
 			for try := range uint64(tries) {

@@ -55,7 +55,7 @@ const (
 )
 
 var variants = []variant{
-	f32:     {"f32", 1, "F32", map[string]any{"snapshot_every_steps": 2, "keep_last": 2}, false, false},
+	f32:     {"f32", 1, "F32", map[string]any{"snapshot_every_steps": 2, "publish_every_steps": 2, "keep_last": 2}, false, false},
 	bf16:    {"bf16-iterations", 2, "BF16", map[string]any{"snapshot_every_steps": 5, "keep_last": 4}, false, false},
 	lagging: {"lag-replay", 1, "F32", map[string]any{"snapshot_every_steps": 0, "publish_every_steps": 2, "keep_last": 3}, true, false},
 	ending:  {"ending", 1, "F32", map[string]any{"snapshot_every_steps": 3, "keep_last": 2}, false, true},
@@ -162,6 +162,7 @@ type run struct {
 	ref      *outcome // nil: this is the reference
 	strikes  []strike
 	off      string // left out
+	segment  int64  // bytes of the spool's segments, 0 for two batches each
 	rng      *rand.Rand
 }
 
@@ -193,7 +194,10 @@ func (r run) do(t *tally, dir string) (out outcome, err error) {
 	if err != nil {
 		return out, err
 	}
-	cfg := serverConfig{Root: filepath.Join(dir, "root"), Listen: addr, SegmentBytes: 2500, QueuedRows: 6 * groupSize}
+	if r.segment == 0 {
+		r.segment = 2500
+	}
+	cfg := serverConfig{Root: filepath.Join(dir, "root"), Listen: addr, SegmentBytes: r.segment, QueuedRows: 6 * groupSize}
 	w := &witness{ref: r.ref, url: "http://" + addr, store: filepath.Join(cfg.Root, "store"), data: filepath.Join(cfg.Root, "data"), scratch: filepath.Join(dir, "pulled")}
 	shadow := crashpoint.OpenShadow(filepath.Join(dir, "shadow"))
 	if err := errors.Join(os.MkdirAll(cfg.Root, 0o755), os.MkdirAll(w.scratch, 0o755)); err != nil {
@@ -293,8 +297,12 @@ func (r run) do(t *tally, dir string) (out outcome, err error) {
 	return out, w.fault()
 }
 
-// done says that the job has come to where the undisturbed one stopped.
+// done says that the job has come to where the undisturbed one stopped, or that
+// something was not as promised.
 func (r run) done(w *witness) bool {
+	if w.fault() != nil {
+		return true
+	}
 	if r.ref == nil || w.reached() < r.ref.Step {
 		return false
 	}
@@ -354,15 +362,19 @@ func (r run) post(ctx context.Context, w *witness) error {
 
 // finish waits until the last server has done everything and asks what became of it.
 func (r run) finish(ctx context.Context, w *witness, posted <-chan struct{}, p *process) (out outcome, err error) {
-	select {
-	case <-posted:
-	case <-p.ended:
-		return out, fmt.Errorf("the last server ended: %v\n%s", p.err, p.log)
-	case <-ctx.Done():
-		return out, fmt.Errorf("not all was posted: %w", context.Cause(ctx))
-	}
-	if err := w.fault(); err != nil {
-		return out, nil // said already
+	for waiting := true; waiting; {
+		if w.fault() != nil {
+			return out, nil // said already
+		}
+		select {
+		case <-posted:
+			waiting = false
+		case <-p.ended:
+			return out, fmt.Errorf("the last server ended: %v\n%s", p.err, p.log)
+		case <-ctx.Done():
+			return out, fmt.Errorf("not all was posted: %w", context.Cause(ctx))
+		case <-time.After(5 * time.Millisecond):
+		}
 	}
 	ctx, cancel := context.WithTimeout(ctx, 20*time.Second)
 	defer cancel()
