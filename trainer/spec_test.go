@@ -76,41 +76,58 @@ func TestSpecZeroTakesItsCompanionAlong(t *testing.T) {
 	}
 }
 
+func TestSpecStale(t *testing.T) {
+	for _, doc := range []string{
+		`{"model":{"source":"dir:/m"},"batch":{"stale":"reject"}}`,
+		`{"model":{"source":"dir:/m"},"batch":{"stale":"delay","group_timeout":"1m"}}`,
+		`{"model":{"source":"dir:/m"},"batch":{"stale":"admit","max_policy_lag":0}}`, // what is published late is admitted
+	} {
+		if _, err := ParseSpec([]byte(doc)); err != nil {
+			t.Errorf("%s: %v", doc, err)
+		}
+	}
+}
+
 func TestSpecRefuses(t *testing.T) {
 	for doc, field := range map[string]string{
-		`{"model":{"source":"dir:/m"},"priority":0}`:                                                        "priority",
-		`{"model":{"source":"dir:/m"},"priority":101}`:                                                      "priority",
-		`{"model":{"source":"dir:/m"},"limits":{"max_queued_rollouts":-1}}`:                                 "limits.max_queued_rollouts",
-		`{"model":{"source":"dir:/m"},"limits":{"max_queued_batches":1}}`:                                   "limits.max_queued_batches",
-		`{"model":{"source":"dir:/m"},"model":{"source":"dir:/n"}}`:                                         "model",
-		`{"model":{"source":"dir:"}}`:                                                                       "model.source",
-		`{"model":{"source":"s3://bucket"}}`:                                                                "model.source",
-		`{"model":{"source":"job:job-0123456789abcdef"}}`:                                                   "model.source",
-		`{"model":{"source":"job:job-0123456789abcdef@-1"}}`:                                                "model.source",
-		`{"model":{"source":"job:../../etc@1"}}`:                                                            "model.source",
-		`{"model":"dir:/m"}`:                                                                                "model",
-		`{"model":{"source":"dir:/m"},"version":2}`:                                                         "version",
-		`{"model":{"source":"dir:/m"},"max_steps":1e3}`:                                                     "max_steps",
-		`{"model":{"source":"dir:/m"},"seed":9007199254740993}`:                                             "seed",
-		`{"model":{"source":"dir:/m"},"batch":{"max_tokens_per_micro_batch":1}}`:                            "batch.max_tokens_per_micro_batch",
-		`{"model":{"source":"dir:/m"},"batch":{"group_timeout":"soon"}}`:                                    "batch.group_timeout",
-		`{"model":{"source":"dir:/m"},"batch":{"missing_policy_step":"maybe"}}`:                             "batch.missing_policy_step",
-		`{"model":{"source":"dir:/m"},"batch":{"max_policy_lag":0}}`:                                        "checkpoint.publish_every_steps",
-		`{"model":{"source":"dir:/m"},"checkpoint":{"dtype":"F8"}}`:                                         "checkpoint.dtype",
-		`{"model":{"source":"dir:/m"},"checkpoint":{"publish_every_steps":3},"max_steps":2}`:                "checkpoint.publish_every_steps",
-		`{"model":{"source":"dir:/m"},"sampling":{"max_tokens":1}}`:                                         "sampling.max_tokens",
-		`{"model":{"source":"dir:/m"},"objective":{"name":"cross_entropy"},"batch":{"group_timeout":"1s"}}`: "batch.group_timeout",
-		`{"model":{"source":"dir:/m"},"objective":{"tis_cap":2}}`:                                           "objective.tis_cap",
-		`{"model":{"source":"dir:/m"},"optimizer":{"momentum":0.9}}`:                                        "optimizer.momentum",
-		`{"model":{"source":"dir:/m"},"optimizer":{"schedule":{"name":"cosine"}}}`:                          "optimizer.schedule.decay_steps",
-		`{"model":{"source":"dir:/m"},"objective":{"name":"dr_grpo"}}`:                                      "objective.max_completion_tokens",
-		`{"model":{"source":"dir:/m","revision":"main"}}`:                                                   "model.revision",
-		`{"model":{"source":"dir:/m"},"sampling":{"max_sequences":0,"max_tokens":8}}`:                       "sampling.max_tokens",
-		`{"model":{"source":"dir:/m"},"checkpoint":{"keep_last":0,"keep_every":8}}`:                         "checkpoint.keep_every",
-		`{"model":{"source":"dir:/m"},"optimizer":{"lr":1e-3,"lr":1e-6}}`:                                   "optimizer.lr",
-		`{"model":{"source":"dir:/m"},"objective":{"reward_weights":{"a":1,"a":2}}}`:                        "objective.reward_weights",
-		`{"model":{"source":"dir:/m"},"objective":{"name":"grpo","name":"gspo"}}`:                           "objective.name",
-		`{"model":{"source":"dir:/m"},"name":"` + strings.Repeat("x", 201) + `"}`:                           "name",
+		`{"model":{"source":"dir:/m"},"priority":0}`:                                                         "priority",
+		`{"model":{"source":"dir:/m"},"priority":101}`:                                                       "priority",
+		`{"model":{"source":"dir:/m"},"limits":{"max_queued_rollouts":-1}}`:                                  "limits.max_queued_rollouts",
+		`{"model":{"source":"dir:/m"},"limits":{"max_queued_batches":1}}`:                                    "limits.max_queued_batches",
+		`{"model":{"source":"dir:/m"},"model":{"source":"dir:/n"}}`:                                          "model",
+		`{"model":{"source":"dir:"}}`:                                                                        "model.source",
+		`{"model":{"source":"s3://bucket"}}`:                                                                 "model.source",
+		`{"model":{"source":"job:job-0123456789abcdef"}}`:                                                    "model.source",
+		`{"model":{"source":"job:job-0123456789abcdef@-1"}}`:                                                 "model.source",
+		`{"model":{"source":"job:../../etc@1"}}`:                                                             "model.source",
+		`{"model":"dir:/m"}`:                                                                                 "model",
+		`{"model":{"source":"dir:/m"},"version":2}`:                                                          "version",
+		`{"model":{"source":"dir:/m"},"max_steps":1e3}`:                                                      "max_steps",
+		`{"model":{"source":"dir:/m"},"seed":9007199254740993}`:                                              "seed",
+		`{"model":{"source":"dir:/m"},"batch":{"max_tokens_per_micro_batch":1}}`:                             "batch.max_tokens_per_micro_batch",
+		`{"model":{"source":"dir:/m"},"batch":{"group_timeout":"soon"}}`:                                     "batch.group_timeout",
+		`{"model":{"source":"dir:/m"},"batch":{"missing_policy_step":"maybe"}}`:                              "batch.missing_policy_step",
+		`{"model":{"source":"dir:/m"},"batch":{"max_policy_lag":0}}`:                                         "checkpoint.publish_every_steps",
+		`{"model":{"source":"dir:/m"},"batch":{"stale":"ignore"}}`:                                           "batch.stale",
+		`{"model":{"source":"dir:/m"},"batch":{"stale":"delay"}}`:                                            "batch.stale",
+		`{"model":{"source":"dir:/m"},"batch":{"stale":"delay","group_timeout":"1m","max_policy_lag":null}}`: "batch.stale",
+		`{"model":{"source":"dir:/m"},"batch":{"stale":"admit","max_policy_lag":-1}}`:                        "batch.stale",
+		`{"model":{"source":"dir:/m"},"batch":{"stale":"delay","group_timeout":"1m","max_policy_lag":0}}`:    "checkpoint.publish_every_steps",
+		`{"model":{"source":"dir:/m"},"checkpoint":{"dtype":"F8"}}`:                                          "checkpoint.dtype",
+		`{"model":{"source":"dir:/m"},"checkpoint":{"publish_every_steps":3},"max_steps":2}`:                 "checkpoint.publish_every_steps",
+		`{"model":{"source":"dir:/m"},"sampling":{"max_tokens":1}}`:                                          "sampling.max_tokens",
+		`{"model":{"source":"dir:/m"},"objective":{"name":"cross_entropy"},"batch":{"group_timeout":"1s"}}`:  "batch.group_timeout",
+		`{"model":{"source":"dir:/m"},"objective":{"tis_cap":2}}`:                                            "objective.tis_cap",
+		`{"model":{"source":"dir:/m"},"optimizer":{"momentum":0.9}}`:                                         "optimizer.momentum",
+		`{"model":{"source":"dir:/m"},"optimizer":{"schedule":{"name":"cosine"}}}`:                           "optimizer.schedule.decay_steps",
+		`{"model":{"source":"dir:/m"},"objective":{"name":"dr_grpo"}}`:                                       "objective.max_completion_tokens",
+		`{"model":{"source":"dir:/m","revision":"main"}}`:                                                    "model.revision",
+		`{"model":{"source":"dir:/m"},"sampling":{"max_sequences":0,"max_tokens":8}}`:                        "sampling.max_tokens",
+		`{"model":{"source":"dir:/m"},"checkpoint":{"keep_last":0,"keep_every":8}}`:                          "checkpoint.keep_every",
+		`{"model":{"source":"dir:/m"},"optimizer":{"lr":1e-3,"lr":1e-6}}`:                                    "optimizer.lr",
+		`{"model":{"source":"dir:/m"},"objective":{"reward_weights":{"a":1,"a":2}}}`:                         "objective.reward_weights",
+		`{"model":{"source":"dir:/m"},"objective":{"name":"grpo","name":"gspo"}}`:                            "objective.name",
+		`{"model":{"source":"dir:/m"},"name":"` + strings.Repeat("x", 201) + `"}`:                            "name",
 		`[]`: "body",
 	} {
 		_, err := ParseSpec([]byte(doc))

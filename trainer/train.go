@@ -197,6 +197,7 @@ func (j *Job) decide() (act action, alarm time.Time) {
 		}
 		if ids := j.asm.Awaited(j.rec.Step); len(ids) > 0 {
 			j.stalled.await(ids)
+			j.setState(Waiting)
 			return actDelay, alarm
 		}
 		return actTake, alarm
