@@ -14,7 +14,7 @@ STATICCHECK_VERSION := v0.8.2
 MINIO_VERSION       := latest
 SMOLLM2             := $(CACHE)/smollm2/SmolLM2.gguf
 
-.PHONY: test-field bench-field build test test-race test-parity test-minio test-interop test-readme lint bench demo demo-control demo-seeds demo-smollm2 crash soak crash-mutations faults goldens tools venv fuzz clean
+.PHONY: test-field bench-field field-leaks build test test-race test-parity test-minio test-interop test-readme lint bench demo demo-control demo-seeds demo-smollm2 crash soak crash-mutations faults goldens tools venv fuzz clean
 .PHONY: kernels trainerd-cuda cuda-driver cuda-check cuda-emulated device-bundle
 
 build: ## bin/trainerd, pure Go
@@ -40,7 +40,10 @@ test-minio: $(CACHE)/bin/minio ## the storage suite on a real MinIO server
 test-field: ## battle-fields in Linux namespaces, as root; fails where namespaces are not allowed
 	CGO_ENABLED=0 $(GO) test -tags field -count=1 -timeout 10m ./secloop/field
 
-bench-field: ## creation time, episodes per minute at 1, 4 and 8 in parallel
+field-leaks: ## 500 episodes (EPISODES) with random kills of workers and of supervisors: nothing may be left on the host
+	CGO_ENABLED=0 $(GO) test -tags field -count=1 -v -timeout 30m -run TestNothingIsLeft ./secloop/field -episodes $${EPISODES:-500}
+
+bench-field: ## creation time, episodes per minute at 1, 4 and 8 in parallel, also of one-second chains
 	CGO_ENABLED=0 $(GO) test -tags field -run '^$$' -bench . -benchtime 40x ./secloop/field
 
 test-interop: build venv $(SMOLLM2) ## transformers loads what trainerd published, and agrees

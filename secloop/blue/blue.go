@@ -161,7 +161,18 @@ func (b *Blue) listen(at netip.AddrPort, h scenario.Host, serve func(net.Conn, s
 					b.mu.Unlock()
 				}()
 				defer b.done(c)
+				defer func() { // a service that crashes is down, and the others are not
+					if p := recover(); p != nil {
+						b.log("crash", peer(c), h.Name, fmt.Sprint(p))
+						b.mu.Lock()
+						b.stop(h.Name)
+						b.mu.Unlock()
+					}
+				}()
 				c.SetDeadline(time.Now().Add(serviceTimeout))
+				if a, err := netip.ParseAddr(peer(c)); b.ep.Fault == scenario.ServiceCrashes && err == nil && scenario.RedNet.Contains(a) {
+					panic("fault of a test")
+				}
 				serve(c, h)
 			}()
 		}
@@ -214,11 +225,16 @@ func (b *Blue) Set(s scenario.Setting) error {
 	defer b.mu.Unlock()
 	b.settings[s] = true
 	if s.Name == scenario.ServiceStopped {
-		for _, ln := range b.ports[s.Host] {
-			ln.Close()
-		}
+		b.stop(s.Host)
 	}
 	return nil
+}
+
+// stop closes a host's ports; mu is held.
+func (b *Blue) stop(host string) {
+	for _, ln := range b.ports[host] {
+		ln.Close()
+	}
 }
 
 // Is reports whether a setting is in force.

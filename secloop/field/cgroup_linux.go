@@ -41,7 +41,7 @@ func openCgroups() cgroups {
 		for _, dir := range old {
 			owner, _, _ := strings.Cut(filepath.Base(dir), "-")
 			if pid, err := strconv.Atoi(owner); err == nil && unix.Kill(pid, 0) == unix.ESRCH {
-				os.Remove(dir)
+				remove(dir)
 			}
 		}
 	}
@@ -65,12 +65,17 @@ func (g cgroups) enter(pid int) string {
 // leave removes a dead worker's groups; the last of its processes may take a moment to go.
 func (g cgroups) leave(name string) {
 	for root := range g {
-		for range 200 {
-			if err := os.Remove(filepath.Join(root, name)); err == nil || errors.Is(err, os.ErrNotExist) {
-				break
-			}
-			time.Sleep(time.Millisecond)
+		remove(filepath.Join(root, name))
+	}
+}
+
+// remove waits for the last of a group's processes to be gone.
+func remove(dir string) {
+	for range 2000 {
+		if err := os.Remove(dir); err == nil || errors.Is(err, os.ErrNotExist) {
+			return
 		}
+		time.Sleep(time.Millisecond)
 	}
 }
 

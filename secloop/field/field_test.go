@@ -8,8 +8,6 @@ import (
 	"math/rand/v2"
 	"net"
 	"os"
-	"path/filepath"
-	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -25,6 +23,9 @@ import (
 
 func TestMain(m *testing.M) {
 	Main()
+	if os.Getenv(superviseVar) != "" {
+		supervise()
+	}
 	os.Exit(m.Run())
 }
 
@@ -166,93 +167,6 @@ func TestNobodyReachesTheHost(t *testing.T) {
 	}
 }
 
-// TestNothingIsLeft plays episodes of which some are killed at random moments
-// and compares what the host has afterwards with what it had before.
-func TestNothingIsLeft(t *testing.T) {
-	seed := uint64(time.Now().UnixNano())
-	t.Logf("seed %d", seed)
-	r := rand.New(rand.NewPCG(seed, 2))
-	before := census(t)
-	f, err := Open(Options{Parallel: 4})
-	if err != nil {
-		t.Fatal(err)
-	}
-	var wg sync.WaitGroup
-	var killed, finished atomic.Int32
-	for range 60 {
-		a := scenario.RandomAlert(r)
-		s := scenario.RandomStrategy(r, a)
-		after := time.Duration(-1)
-		if r.IntN(2) == 0 {
-			after = time.Duration(r.IntN(150)) * time.Millisecond
-		}
-		wg.Go(func() {
-			ctx := context.Background()
-			if after >= 0 {
-				var cancel context.CancelFunc
-				ctx, cancel = context.WithTimeout(ctx, after)
-				defer cancel()
-			}
-			if _, err := f.Run(ctx, a, s); err == nil {
-				finished.Add(1)
-			} else if ctx.Err() != nil {
-				killed.Add(1)
-			} else {
-				t.Errorf("%s with %s: %v", a.Key(), s, err)
-			}
-		})
-	}
-	wg.Wait()
-	f.Close()
-	t.Logf("%d finished, %d killed", finished.Load(), killed.Load())
-	if finished.Load() == 0 || killed.Load() == 0 {
-		t.Error("expected some to finish and some to be killed")
-	}
-	var after []string
-	for end := time.Now().Add(5 * time.Second); ; time.Sleep(20 * time.Millisecond) {
-		after = census(t)
-		if cmp.Equal(before, after) || time.Now().After(end) {
-			break
-		}
-	}
-	if d := cmp.Diff(before, after); d != "" {
-		t.Errorf("left on the host: before -, after +\n%s", d)
-	}
-}
-
-// census lists the links, the processes of a field, every network namespace
-// that a process of this host lives in, and the control groups of fields.
-func census(t *testing.T) []string {
-	t.Helper()
-	var all []string
-	links, err := net.Interfaces()
-	if err != nil {
-		t.Fatal(err)
-	}
-	for _, l := range links {
-		all = append(all, "link "+l.Name)
-	}
-	procs, err := filepath.Glob("/proc/[0-9]*")
-	if err != nil {
-		t.Fatal(err)
-	}
-	for _, p := range procs {
-		cmdline, _ := os.ReadFile(p + "/cmdline")
-		if strings.HasPrefix(string(cmdline), "secloop-field-") {
-			all = append(all, "process "+string(cmdline))
-		}
-		if ns, err := os.Readlink(p + "/ns/net"); err == nil {
-			all = append(all, "namespace "+ns)
-		}
-	}
-	groups, _ := filepath.Glob("/sys/fs/cgroup/*/" + groupParent + "/*-*")
-	for _, g := range groups {
-		all = append(all, "group "+g)
-	}
-	slices.Sort(all)
-	return slices.Compact(all)
-}
-
 // TestBadInputIsScored: what is wrong with a strategy is feedback, what is
 // wrong with an alert is an error, and the field goes on.
 func TestBadInputIsScored(t *testing.T) {
@@ -272,6 +186,36 @@ func TestBadInputIsScored(t *testing.T) {
 	bad.Source = "8.8.8.8"
 	if _, err := f.Run(context.Background(), bad, call("block_ip", "ip", "198.18.0.1")); err == nil {
 		t.Error("an alert whose source is outside the battle-field was played")
+	}
+}
+
+// TestFaultsAreScoredOrReported breaks a part of every episode: what the
+// episode can still say is scored, the loss of blue is an error, and the next
+// episode goes as ever.
+func TestFaultsAreScoredOrReported(t *testing.T) {
+	sc, _ := scenario.ByName("sql_injection")
+	a := alertFor(sc, 0)
+	for _, c := range []struct {
+		fault scenario.Fault
+		want  secloop.Feedback
+		err   bool
+	}{
+		{"", secloop.Feedback{Executed: 1, Attacked: 1, Service: true}, false},
+		{scenario.ToolHangs, secloop.Feedback{Executed: 0, Attacked: 1, Service: true, Errors: []string{"call 0: block_ip: hangs, given up after 5s"}}, false},
+		{scenario.ServiceCrashes, secloop.Feedback{Executed: 1, Attacked: 0, Service: false}, false},
+		{scenario.PluginCrashes, secloop.Feedback{Executed: 1, Attacked: 0, Service: true}, false},
+		{scenario.RedDies, secloop.Feedback{Executed: 1, Attacked: 0, Service: true}, false},
+		{scenario.BlueDies, secloop.Feedback{}, true},
+		{"", secloop.Feedback{Executed: 1, Attacked: 1, Service: true}, false},
+	} {
+		f := open(t, Options{Parallel: 1, Fault: c.fault})
+		got, err := f.Run(context.Background(), a, call("block_ip", "ip", "198.18.0.5"))
+		if (err != nil) != c.err {
+			t.Errorf("%q: error %v", c.fault, err)
+		}
+		if d := cmp.Diff(c.want, got); !c.err && d != "" {
+			t.Errorf("%q: expected -, got +\n%s", c.fault, d)
+		}
 	}
 }
 

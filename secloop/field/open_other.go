@@ -14,6 +14,7 @@ import (
 // Options of a field.
 type Options struct {
 	Parallel int
+	Fault    scenario.Fault
 	Canary   []string
 }
 

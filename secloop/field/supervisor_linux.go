@@ -7,6 +7,7 @@ import (
 	"os"
 	"os/exec"
 	"runtime"
+	"strings"
 	"sync"
 	"syscall"
 	"time"
@@ -21,12 +22,13 @@ import (
 
 // The roles that this executable plays when it is started again; argv[0] says which.
 const (
-	roleWorker = "secloop-field-worker"
-	roleBlue   = "secloop-field-blue"
-	roleRed    = "secloop-field-red"
+	rolePrefix = "secloop-field-"
+	roleWorker = rolePrefix + "worker"
+	roleBlue   = rolePrefix + "blue"
+	roleRed    = rolePrefix + "red"
 )
 
-const episodeTimeout = 30 * time.Second
+const episodeTimeout = 90 * time.Second
 
 var hooked bool // Main was called
 
@@ -49,8 +51,9 @@ func Main() {
 
 // Options of a field.
 type Options struct {
-	Parallel int      // episodes at a time; 0 means the number of CPUs
-	Canary   []string // addresses that red and blue try to reach in every episode, for tests: an episode that reaches one fails
+	Parallel int            // episodes at a time; 0 means the number of CPUs
+	Fault    scenario.Fault // put into every episode, for tests
+	Canary   []string       // addresses that red and blue try to reach in every episode, for tests: an episode that reaches one fails
 }
 
 // Field starts and ends battle-fields. It is safe for concurrent use.
@@ -134,6 +137,7 @@ func (f *Field) Play(ctx context.Context, a secloop.Alert, s secloop.Strategy) (
 	if err != nil {
 		return out, err
 	}
+	ep.Fault = f.opts.Fault
 	if err := f.on(ctx, "play", episode{ep, s, f.opts.Canary}, &out); err != nil {
 		return out, fmt.Errorf("run battle-field: %w", err)
 	}
@@ -240,10 +244,18 @@ func (f *Field) start() (*workerProcess, error) {
 	return w, nil
 }
 
+// tag says whose a process is: "of-" and the supervisor's process id, handed down.
+func tag() string {
+	if len(os.Args) == 2 && strings.HasPrefix(os.Args[0], rolePrefix) {
+		return os.Args[1]
+	}
+	return fmt.Sprintf("of-%d", os.Getpid())
+}
+
 // again is this executable, started for a role with an empty environment.
 func again(role string, stdin, stdout *os.File, stderr *tail) *exec.Cmd {
 	return &exec.Cmd{
-		Path: "/proc/self/exe", Args: []string{role}, Env: []string{"GOMAXPROCS=1", "GOGC=off", "GOMEMLIMIT=128MiB"}, Dir: "/",
+		Path: "/proc/self/exe", Args: []string{role, tag()}, Env: []string{"GOMAXPROCS=1", "GOGC=off", "GOMEMLIMIT=128MiB"}, Dir: "/",
 		Stdin: stdin, Stdout: stdout, Stderr: stderr,
 	}
 }

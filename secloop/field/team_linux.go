@@ -23,12 +23,12 @@ import (
 // blueRole is the defended side: services, packet filter, kernel parameters.
 func blueRole() error {
 	var b *blue.Blue
+	var ep scenario.Episode
 	var filter *filter
 	var watch *capture
 	return serve(os.Stdin, os.Stdout, func(op string, arg json.RawMessage) (any, error) {
 		switch op {
 		case "start":
-			var ep scenario.Episode
 			if err := json.Unmarshal(arg, &ep); err != nil {
 				return nil, err
 			}
@@ -56,7 +56,22 @@ func blueRole() error {
 			if err := json.Unmarshal(arg, &a); err != nil {
 				return nil, err
 			}
-			return nil, apply(a, b, filter)
+			if ep.Fault == scenario.BlueDies {
+				os.Exit(3)
+			}
+			done := make(chan error, 1)
+			go func() {
+				if ep.Fault == scenario.ToolHangs {
+					select {}
+				}
+				done <- apply(a, b, filter)
+			}()
+			select {
+			case err := <-done:
+				return nil, err
+			case <-time.After(toolTimeout):
+				return nil, fmt.Errorf("%s: hangs, given up after %s", a.Tool, toolTimeout)
+			}
 		case "watch":
 			var err error
 			watch, err = newCapture()
@@ -84,6 +99,9 @@ func blueRole() error {
 		return nil, fmt.Errorf("unknown request %q", op)
 	})
 }
+
+// toolTimeout bounds one call of a strategy; rules and settings take milliseconds.
+const toolTimeout = 5 * time.Second
 
 // initialSysctls make blue's namespace an ordinary, unhardened server.
 var initialSysctls = []scenario.Sysctl{
@@ -166,6 +184,7 @@ func kernelEvents() []scenario.Event {
 // redRole is the attacking side.
 func redRole() error {
 	var r *red.Red
+	var fault scenario.Fault
 	return serve(os.Stdin, os.Stdout, func(op string, arg json.RawMessage) (any, error) {
 		if op == "start" {
 			var ep scenario.Episode
@@ -175,6 +194,7 @@ func redRole() error {
 			if err := confined(); err != nil {
 				return nil, err
 			}
+			fault = ep.Fault
 			r = red.New(ep, stand{patience: patience})
 			return nil, nil
 		}
@@ -194,6 +214,9 @@ func redRole() error {
 		case "prepare":
 			return nil, r.Prepare(i)
 		case "run":
+			if fault == scenario.RedDies {
+				os.Exit(3)
+			}
 			return r.Run(context.Background(), i), nil
 		case "release":
 			r.Release()

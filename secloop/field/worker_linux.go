@@ -110,6 +110,7 @@ type workerField struct {
 	ep        scenario.Episode
 	blue, red *peer
 	listens   map[int]bool
+	redGone   bool
 	users     stand
 }
 
@@ -290,9 +291,13 @@ func (w *workerField) Apply(_ context.Context, a scenario.Action) error {
 // Attack implements scenario.Sides. A side that dies has lost its stage, not the episode's field.
 func (w *workerField) Attack(_ context.Context, i int) (scenario.Result, error) {
 	var r scenario.Result
+	if w.redGone {
+		r.Error = "red is gone"
+		return r, nil
+	}
 	if w.listens[i] {
 		if err := w.red.call("prepare", i, nil); err != nil {
-			return r, err
+			return w.lost(err)
 		}
 		came := false
 		if err := w.blue.call("tick", nil, &came); err != nil {
@@ -303,14 +308,29 @@ func (w *workerField) Attack(_ context.Context, i int) (scenario.Result, error) 
 			return r, nil
 		}
 	}
-	err := w.red.call("run", i, &r)
-	return r, err
+	if err := w.red.call("run", i, &r); err != nil {
+		return w.lost(err)
+	}
+	return r, nil
+}
+
+// lost is what becomes of a stage that red did not finish: an error that red
+// reports ends the episode, red's end only the attack.
+func (w *workerField) lost(err error) (scenario.Result, error) {
+	var said remoteError
+	if errors.As(err, &said) {
+		return scenario.Result{}, err
+	}
+	w.redGone = true
+	return scenario.Result{Error: fmt.Sprintf("red is gone: %v", err)}, nil
 }
 
 // Release implements scenario.Sides.
 func (w *workerField) Release(context.Context) error {
-	if err := w.red.call("release", nil, nil); err != nil {
-		return err
+	if !w.redGone {
+		if err := w.red.call("release", nil, nil); err != nil {
+			return err
+		}
 	}
 	return w.blue.call("settle", nil, nil)
 }

@@ -141,6 +141,9 @@ func (r *Red) Run(ctx context.Context, i int) (res scenario.Result) {
 		res.Output = res.Output[:min(len(res.Output), maxOutput)]
 		res.Millis = float64(time.Since(start).Microseconds()) / 1000
 	}()
+	if r.ep.Fault == scenario.PluginCrashes {
+		panic("fault of a test")
+	}
 	var err error
 	for _, src := range r.ep.Ways(i) { // whoever is refused comes from elsewhere, if they can
 		if res, err = plugins[st.Plugin](r, ctx, b, src, st.With); err == nil || ctx.Err() != nil {

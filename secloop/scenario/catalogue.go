@@ -166,11 +166,24 @@ type Episode struct {
 	Words    []string
 	Implants []netip.AddrPort // whom the planted process calls; empty for none
 	Session  string           // a stolen one
+	Fault    Fault            // what breaks, for tests
 	Domain   string           // the attacker's
 	Job      bool             // the planted process is started again by a scheduler
 	Lookup   string           // "beacon" or "tunnel" when it works by names
 	Resolver netip.AddrPort   // who answers for names outside, when the planted process looks them up
 }
+
+// Fault is a defect that a test puts into an episode.
+type Fault string
+
+// The faults.
+const (
+	ToolHangs      Fault = "tool_hangs"      // the first call of a strategy never ends
+	ServiceCrashes Fault = "service_crashes" // the target's service panics at red's first connection
+	PluginCrashes  Fault = "plugin_crashes"  // red's plug-in panics
+	RedDies        Fault = "red_dies"        // red's process ends in the first stage
+	BlueDies       Fault = "blue_dies"       // blue's process ends at the first call of a strategy
+)
 
 var domains = []string{"cdn-edge.test", "stat-pool.test", "img-cache.test", "sync-edge.test", "cdn-pool.test", "stat-cache.test"}
 

@@ -13,7 +13,9 @@ import (
 )
 
 // Field is the simulated battle-field. It is safe for concurrent use.
-type Field struct{}
+type Field struct {
+	Fault scenario.Fault // put into every episode, for tests: PluginCrashes or ServiceCrashes
+}
 
 // Run implements secloop.Battlefield.
 func (f Field) Run(ctx context.Context, a secloop.Alert, s secloop.Strategy) (secloop.Feedback, error) {
@@ -22,7 +24,7 @@ func (f Field) Run(ctx context.Context, a secloop.Alert, s secloop.Strategy) (se
 }
 
 // Play runs one episode and says everything about it.
-func (Field) Play(ctx context.Context, a secloop.Alert, s secloop.Strategy) (scenario.Outcome, error) {
+func (f Field) Play(ctx context.Context, a secloop.Alert, s secloop.Strategy) (scenario.Outcome, error) {
 	if err := ctx.Err(); err != nil {
 		return scenario.Outcome{}, err
 	}
@@ -30,6 +32,7 @@ func (Field) Play(ctx context.Context, a secloop.Alert, s secloop.Strategy) (sce
 	if err != nil {
 		return scenario.Outcome{}, err
 	}
+	ep.Fault = f.Fault
 	n := newNetwork()
 	b, err := blue.Start(ep, n)
 	if err != nil {
