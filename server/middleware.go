@@ -51,6 +51,9 @@ func validRequestID(id string) bool {
 	return true
 }
 
+// leftoverTime is how long a client has for the rest of a body that nobody reads.
+const leftoverTime = 2 * time.Second
+
 // observe logs and counts a request when it has been answered.
 func (s *Server) observe(next echo.HandlerFunc) echo.HandlerFunc {
 	return func(c echo.Context) error {
@@ -59,6 +62,11 @@ func (s *Server) observe(next echo.HandlerFunc) echo.HandlerFunc {
 		defer s.metrics.inFlight.Dec()
 		if err := next(c); err != nil {
 			c.Error(err) // answers; the status is known from here on
+		}
+		if c.Request().ContentLength != 0 {
+			// net/http reads what is left of a body before it answers, without a bound
+			// on time: a client that dribbles would keep its connection for ever.
+			http.NewResponseController(c.Response().Writer).SetReadDeadline(time.Now().Add(leftoverTime))
 		}
 		if n, ok := c.Get(keyUpload).(int64); ok {
 			s.uploads.Add(-n)
