@@ -236,7 +236,7 @@ func (s *Spec) modelOptions() model.Options {
 
 // fit makes sure that there is a place for a job's model, on the device or in
 // host memory while others are there, and promises it for as long as the job is
-// loaded. Finished jobs give theirs up, oldest first, before a job is refused.
+// loaded. Ended jobs give theirs up, oldest first, before a job is refused.
 func (m *Manager) fit(ctx context.Context, id JobID, spec *Spec, base *baseModel) error {
 	for {
 		var plan kernels.Plan
@@ -260,17 +260,17 @@ func (m *Manager) fit(ctx context.Context, id JobID, spec *Spec, base *baseModel
 			return nil
 		}
 		plan.Free = room
-		if alone || !m.evictFinished(ctx) {
+		if alone || !m.evictEnded(ctx) {
 			return m.refuse(ctx, id, spec, base, plan, alone)
 		}
 	}
 }
 
-// evictFinished frees the model of the oldest finished job that holds one.
-func (m *Manager) evictFinished(ctx context.Context) bool {
+// evictEnded frees the model of the oldest ended job that holds one.
+func (m *Manager) evictEnded(ctx context.Context) bool {
 	for _, j := range m.Jobs() {
-		if j.State() == Finished && j.loaded.Load() {
-			m.log.Info("model of a finished job freed for a new one", "job", j.ID)
+		if j.State().Final() && j.loaded.Load() { // a failed one is about to free its own
+			m.log.Info("model of an ended job freed for a new one", "job", j.ID)
 			j.unload(ctx)
 			return true
 		}

@@ -64,6 +64,13 @@ type Options struct {
 	Guard        echo.MiddlewareFunc
 	Sources      func(source string) (string, error)
 	Logger       *slog.Logger
+
+	DeviceMemory int64         // limit of the CPU device; 0: none
+	SwapMemory   int64         // host memory for models that do not fit beside others
+	SwapHold     time.Duration // how long a model keeps the device
+	// WrapDevice wraps the device, to inject failures. A lost one is opened again,
+	// wrapped anew.
+	WrapDevice func(kernels.Device) kernels.Device
 }
 
 // Env is a running server. Its directories outlive Stop, for a restart.
@@ -102,11 +109,19 @@ func Start(t testing.TB, o Options) *Env {
 // Boot starts the server on the directories, after Start or Stop.
 func (e *Env) Boot(t testing.TB) {
 	t.Helper()
-	dev, err := cpu.New(1)
+	dev, err := e.openDevice()
 	if err != nil {
 		t.Fatal(err)
 	}
 	e.boot(t, dev)
+}
+
+func (e *Env) openDevice() (kernels.Device, error) {
+	dev, err := cpu.New(1, cpu.Memory(e.opts.DeviceMemory))
+	if err == nil && e.opts.WrapDevice != nil {
+		dev = e.opts.WrapDevice(dev)
+	}
+	return dev, err
 }
 
 func (e *Env) boot(t testing.TB, dev kernels.Device) {
@@ -119,7 +134,8 @@ func (e *Env) boot(t testing.TB, dev kernels.Device) {
 		blob = e.opts.WrapStore(blob)
 	}
 	e.Manager, err = trainer.NewManager(trainer.Options{Device: dev, DataDir: e.DataDir, Store: blob, OpenStore: e.opts.OpenStore,
-		Version: "test", Limits: e.opts.Limits, Sources: e.opts.Sources, Logger: e.opts.Logger})
+		Version: "test", Limits: e.opts.Limits, Sources: e.opts.Sources, Logger: e.opts.Logger,
+		Reopen: e.openDevice, DeviceMemory: e.opts.DeviceMemory, SwapMemory: e.opts.SwapMemory, SwapHold: e.opts.SwapHold})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -150,8 +166,10 @@ func (e *Env) boot(t testing.TB, dev kernels.Device) {
 			t.Errorf("close manager: %v", err)
 		}
 		store.Close()
-		if err := dev.Close(); err != nil {
-			t.Errorf("close device: %v", err)
+		if dev := e.Manager.Device(); dev != nil { // nil: lost, and nobody needed it since
+			if err := dev.Close(); err != nil {
+				t.Errorf("close device: %v", err)
+			}
 		}
 	}
 }
