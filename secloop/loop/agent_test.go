@@ -97,7 +97,7 @@ func TestBadStrategies(t *testing.T) {
 		want       secloop.Reward
 	}{
 		{"right", right, secloop.Reward{Format: 1, Execution: 1, Evaluation: 1, Correct: true}},
-		{"stops the service", breaks, secloop.Reward{Format: 1, Execution: 1, Evaluation: 1, Penalty: 0.5}},
+		{"stops the service", breaks, secloop.Reward{Format: 1, Execution: 1, Evaluation: 1, Penalty: 1}},
 		{"empty", "", secloop.Reward{Penalty: 1}},
 		{"prose", "I would block the attacker.", secloop.Reward{Penalty: 1}},
 		{"endless", long, secloop.Reward{Penalty: 1}},

@@ -141,7 +141,7 @@ func TestCountAndTable(t *testing.T) {
 	r.Episodes = append(r.Episodes, []Episode{{Void: "the field failed"}})
 	got := Count(r.Episodes)
 	if got.N != 3 || got.Correct != 1 || got.Void != 1 || got.ByTactic["discovery"] != (Share{3, 1}) || got.ByScenario["sql_injection"] != (Share{3, 1}) ||
-		fmt.Sprintf("%.3f %.3f %.3f", got.Accuracy, got.Reward, got.Format) != "0.333 1.500 0.667" {
+		fmt.Sprintf("%.3f %.3f %.3f", got.Accuracy, got.Reward, got.Format) != "0.333 1.333 0.667" {
 		t.Errorf("%+v", got)
 	}
 	var out strings.Builder

@@ -3,8 +3,9 @@ package scenario
 import "trainerd/secloop"
 
 // Judge is secloop.RuleJudge for these tools: it starts at 1 and takes off for
-// calls that destroy service, go to another host, do nothing against the
-// attack, or repeat what is already done.
+// calls that go to another host, do nothing against the attack, or repeat what
+// is already done. A call that destroys service leaves nothing: stopping every
+// attack that way must not pay.
 type Judge struct{}
 
 // Rationality implements secloop.Judge.
@@ -22,7 +23,9 @@ func (Judge) Rationality(a secloop.Alert, s secloop.Strategy) float64 {
 			helps = helps || h.Tool == c.Tool && h.Params["rule"] == c.Params["rule"] && h.Params["port"] == c.Params["port"]
 		}
 		switch {
-		case !ok || t.Harmful, about != a.Target && about != a.Source:
+		case ok && t.Harmful:
+			return 0
+		case !ok, about != a.Target && about != a.Source:
 			w -= 0.5
 		case done || !helps:
 			w -= 0.25

@@ -213,8 +213,8 @@ func TestRemediesAreRational(t *testing.T) {
 			}
 		}
 		harm := secloop.Strategy{{Tool: "isolate_host", Params: map[string]string{"host": a.Target}}}
-		if w := (Judge{}).Rationality(a, harm); w != 0.5 {
-			t.Errorf("%s isolated: rationality %v, expected 0.5", a.Key(), w)
+		if w := (Judge{}).Rationality(a, harm); w != 0 {
+			t.Errorf("%s isolated: rationality %v, expected 0", a.Key(), w)
 		}
 	}
 }
