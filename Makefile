@@ -11,10 +11,12 @@ HAVE_CC    := $(shell command -v gcc 2>/dev/null || command -v clang 2>/dev/null
 # Packages whose arithmetic is too slow under the race detector; they run without it.
 HEAVY      := trainerd/kernels/.*|trainerd/parity|trainerd/sagrpo|trainerd/model$$|trainerd/secloop|trainerd/cmd/trainerd
 STATICCHECK_VERSION := v0.8.2
+GOVULNCHECK_VERSION := v1.9.0
 MINIO_VERSION       := latest
 SMOLLM2             := $(CACHE)/smollm2/SmolLM2.gguf
 
 .PHONY: test-field bench-field field-leaks build test test-race test-parity test-minio test-interop test-readme lint bench demo demo-control demo-seeds demo-smollm2 crash soak crash-mutations faults goldens tools venv fuzz clean
+.PHONY: attack vuln
 .PHONY: kernels trainerd-cuda cuda-driver cuda-check cuda-emulated device-bundle
 
 build: ## bin/trainerd, pure Go
@@ -58,6 +60,7 @@ lint: ## formatting, vet, staticcheck, import rules
 	$(GO) vet ./...
 	$(GO) vet -tags minio ./storage/...
 	$(GO) vet -tags field ./secloop/field
+	$(GO) vet -tags attacks ./server
 	$(GO) vet -tags faults ./internal/faulttest
 	$(GO) vet -tags crashpoints ./internal/... ./trainer ./storage/... ./rollout/...
 	$(GO) run honnef.co/go/tools/cmd/staticcheck@$(STATICCHECK_VERSION) ./...
@@ -93,6 +96,12 @@ crash-mutations: ## one sync or record left out at a time: each must turn the cr
 
 faults: $(CACHE)/bin/minio ## breaks MinIO, its network and full disks under a real server, as root; fails where mounting is not allowed
 	TRAINERD_MINIO=$(CACHE)/bin/minio CGO_ENABLED=0 $(GO) test -tags faults -count=1 -v -timeout 15m ./internal/faulttest
+
+attack: ## the HTTP server under slow clients, bombs, smuggling, resets; a good client is served beside each
+	CGO_ENABLED=0 $(GO) test -tags attacks -count=1 -v -timeout 10m -run 'TestSlow|TestMany|TestDecompression|TestHostile|TestIdempotencyKeys|TestRange|TestSmuggling|TestRapid|TestHeaders|TestPathTricks|TestGuessing|TestWhoMayUseWhat|TestOneToken' ./server
+
+vuln: ## known vulnerabilities in what is called; VULNDB=file:///DIR where vuln.go.dev is not reached
+	$(GO) run golang.org/x/vuln/cmd/govulncheck@$(GOVULNCHECK_VERSION) $(if $(VULNDB),-db $(VULNDB)) ./...
 
 fuzz: ## every decoder for a while: each Fuzz function for FUZZTIME (20s)
 	set -o pipefail; git grep -o -E '^func Fuzz[A-Za-z0-9_]+' -- '*_test.go' | sed -E 's,/[^/]*:func , ,' | \

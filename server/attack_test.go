@@ -1,3 +1,5 @@
+//go:build attacks
+
 package server_test
 
 import (
