@@ -219,12 +219,13 @@ func TestFaultsAreScoredOrReported(t *testing.T) {
 	}
 }
 
-// BenchmarkEpisodes prints episodes per hour at 1, 4 and 8 in parallel, and
+// BenchmarkEpisodes prints episodes per minute at 1, 4 and 8 in parallel, of
+// chains as fast as they go and of chains that take a second, and
 // BenchmarkCreate the time from nothing to a field that answers.
 func BenchmarkEpisodes(b *testing.B) {
-	for _, n := range []int{1, 4, 8} {
-		b.Run(fmt.Sprintf("parallel=%d", n), func(b *testing.B) {
-			f := open(b, Options{Parallel: n})
+	for _, o := range []Options{{Parallel: 1}, {Parallel: 4}, {Parallel: 8}, {Parallel: 1, Pace: time.Second}, {Parallel: 4, Pace: time.Second}, {Parallel: 8, Pace: time.Second}} {
+		b.Run(fmt.Sprintf("chain=%s/parallel=%d", o.Pace, o.Parallel), func(b *testing.B) {
+			f := open(b, o)
 			r := rand.New(rand.NewPCG(1, 1))
 			b.ResetTimer()
 			start := time.Now()

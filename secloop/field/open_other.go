@@ -4,6 +4,7 @@ package field
 
 import (
 	"context"
+	"time"
 
 	"trainerd/internal/fault"
 	"trainerd/secloop"
@@ -14,6 +15,7 @@ import (
 // Options of a field.
 type Options struct {
 	Parallel int
+	Pace     time.Duration
 	Fault    scenario.Fault
 	Canary   []string
 }

@@ -52,6 +52,7 @@ func Main() {
 // Options of a field.
 type Options struct {
 	Parallel int            // episodes at a time; 0 means the number of CPUs
+	Pace     time.Duration  // how long a chain takes at least, its stages spread evenly; 0 for as fast as it goes
 	Fault    scenario.Fault // put into every episode, for tests
 	Canary   []string       // addresses that red and blue try to reach in every episode, for tests: an episode that reaches one fails
 }
@@ -127,6 +128,7 @@ func (f *Field) Run(ctx context.Context, a secloop.Alert, s secloop.Strategy) (s
 type episode struct {
 	Episode  scenario.Episode
 	Strategy secloop.Strategy
+	Pace     time.Duration
 	Canary   []string
 }
 
@@ -138,7 +140,7 @@ func (f *Field) Play(ctx context.Context, a secloop.Alert, s secloop.Strategy) (
 		return out, err
 	}
 	ep.Fault = f.opts.Fault
-	if err := f.on(ctx, "play", episode{ep, s, f.opts.Canary}, &out); err != nil {
+	if err := f.on(ctx, "play", episode{ep, s, f.opts.Pace, f.opts.Canary}, &out); err != nil {
 		return out, fmt.Errorf("run battle-field: %w", err)
 	}
 	return out, nil

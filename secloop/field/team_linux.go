@@ -248,7 +248,7 @@ func confined() error {
 	if err := lockDown(); err != nil {
 		return fmt.Errorf("lock down: %w", err)
 	}
-	if c, err := net.DialTimeout("tcp4", "192.0.2.1:9", 50*time.Millisecond); !errors.Is(err, unix.ENETUNREACH) {
+	if c, err := net.DialTimeout("tcp4", "192.0.2.1:9", 5*time.Second); !errors.Is(err, unix.ENETUNREACH) {
 		if c != nil {
 			c.Close()
 		}
@@ -274,7 +274,7 @@ func escape(arg json.RawMessage) error {
 		if strings.HasPrefix(at, "/") || strings.HasPrefix(at, "@") {
 			network = "unix"
 		}
-		if c, err := net.DialTimeout(network, at, 100*time.Millisecond); err == nil {
+		if c, err := net.DialTimeout(network, at, 2*time.Second); err == nil {
 			c.Close()
 			return fmt.Errorf("escaped to %s", at)
 		}

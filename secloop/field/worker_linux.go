@@ -57,6 +57,7 @@ func worker() error {
 					}
 				}
 			}
+			w.pace = e.Pace / time.Duration(len(w.listens))
 			return scenario.Play(context.Background(), e.Episode, e.Strategy, w)
 		case "observe":
 			var o observation
@@ -111,6 +112,7 @@ type workerField struct {
 	blue, red *peer
 	listens   map[int]bool
 	redGone   bool
+	pace      time.Duration // that a stage takes at least
 	users     stand
 }
 
@@ -291,6 +293,9 @@ func (w *workerField) Apply(_ context.Context, a scenario.Action) error {
 // Attack implements scenario.Sides. A side that dies has lost its stage, not the episode's field.
 func (w *workerField) Attack(_ context.Context, i int) (scenario.Result, error) {
 	var r scenario.Result
+	if w.pace > 0 {
+		defer func(start time.Time) { time.Sleep(w.pace - time.Since(start)) }(time.Now())
+	}
 	if w.redGone {
 		r.Error = "red is gone"
 		return r, nil
