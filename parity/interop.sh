@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# transformers loads what trainerd published, and agrees: interop.sh TRAINERD PYTHON
+# transformers loads what trainerd published and pulled, and agrees; the examples of
+# deploy/inference make the calls they must: interop.sh TRAINERD PYTHON
 # Starts its own server on loopback. PYTHON has parity/py/requirements.txt (`make venv`).
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -19,4 +20,5 @@ pid=$!
 for _ in $(seq 200); do grep -q listening "$dir/out" && break; sleep 0.1; done
 addr=$(sed -n 's/.*"msg":"listening","addr":"\([^"]*\)".*/\1/p' "$dir/out")
 [ -n "$addr" ] || { echo "the server did not start" >&2; cat "$dir/err" >&2; exit 1; }
-HF_HUB_OFFLINE=1 "$python" parity/py/interop.py "http://$addr" "$dir/store" "$dir/smollm2" || { tail -n 20 "$dir/err" >&2; exit 1; }
+"$python" deploy/inference/test_engines.py
+HF_HUB_OFFLINE=1 "$python" parity/py/interop.py "$trainerd" "http://$addr" "$dir/store" "$dir/smollm2" || { tail -n 20 "$dir/err" >&2; exit 1; }

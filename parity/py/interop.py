@@ -1,13 +1,17 @@
-"""The checks of parity/interop.sh: interop.py URL STORE IMPORTED
+"""The checks of parity/interop.sh: interop.py TRAINERD URL STORE IMPORTED
 
 For each architecture: a job over HTTP, a rollout batch from pyarrow, a
-checkpoint; transformers loads its hf/ directory and scores the same rows as
-POST .../logprobs. Then what `trainerd import` made of SmolLM2's GGUF.
+checkpoint, which `trainerd pull` fetches whole and `trainerd pull --delta` as
+what changed since the one before; transformers loads what both delivered and
+scores the same rows as POST .../logprobs. Then what `trainerd import` made of
+SmolLM2's GGUF.
 """
 
 import json
 import pathlib
+import subprocess
 import sys
+import tempfile
 
 import numpy as np
 import pyarrow as pa
@@ -43,7 +47,12 @@ def tokens(rows):
     return pa.array(rows, pa.list_(pa.int32()))
 
 
-def check(url, store, case):
+def pull(trainerd, url, job, step, to, *more):
+    """What `trainerd pull` prints when it brings a step into a directory."""
+    return subprocess.run([trainerd, "pull", "--server", url, "--step", str(step), *more, job, str(to)], check=True, capture_output=True, text=True).stdout
+
+
+def check(trainerd, url, store, case, tmp):
     groups = json.loads((TESTDATA / case / "golden.json").read_text())["groups"]
     rows = [(f"g{i}", g["prompt"], c["tokens"], c["reward"], c["old"]) for i, g in enumerate(groups) for c in g["completions"]]
     ids, prompts, completions, rewards, old = map(list, zip(*rows))
@@ -54,23 +63,34 @@ def check(url, store, case):
     assert call("POST", f"{base}/rollouts", data=body, headers={"Content-Type": ARROW}).status_code == 202
     latest = call("GET", f"{base}/checkpoints/latest", params={"after": 0, "wait": f"{WAIT - 10}s"}).json()
     assert latest["step"] == 1, latest
-    d = store / latest["prefix"] / "hf"
+    published = store / latest["prefix"] / "hf"
+    whole, changed = tmp / case / "whole", tmp / case / "changed"
+    pull(trainerd, url, job["id"], 1, whole)
+    pull(trainerd, url, job["id"], 0, changed)
+    out = pull(trainerd, url, job["id"], 1, changed, "--delta")
+    assert "whole files of 0;" in out, out
+    for d in (whole, changed):
+        names = {p.name for p in d.iterdir()} - {".trainerd.json"}
+        assert names == {p.name for p in published.iterdir()}, names
+        for name in names:
+            assert (d / name).read_bytes() == (published / name).read_bytes(), (d, name)
 
     r = call("POST", f"{base}/logprobs", data=stream({"prompt_tokens": tokens(prompts), "completion_tokens": tokens(completions)}), headers={"Content-Type": ARROW, "Accept": ARROW})
     assert r.headers["Trainerd-Policy-Step"] == "1", r.headers
     served = pa.ipc.open_stream(r.content).read_all().to_pydict()
     assert served["completion_tokens"] == completions
 
-    model, info = AutoModelForCausalLM.from_pretrained(d, dtype=torch.float32, output_loading_info=True)
-    assert not info["missing_keys"] and not info["unexpected_keys"], info
     before = AutoModelForCausalLM.from_pretrained(TESTDATA / case, dtype=torch.float32)
     worst = moved = 0.0
-    with torch.no_grad():
-        for p, c, got in zip(prompts, completions, served["logprobs"]):
-            want = objective.log_probs(model.eval(), p, c).numpy()
-            worst = max(worst, float(np.abs(want - np.array(got)).max()))
-            moved = max(moved, float(np.abs(want - objective.log_probs(before.eval(), p, c).numpy()).max()))
-    print(f"{case}: {sum(map(len, completions))} log-probs of the served policy within {worst:.1e} of transformers on {latest['prefix']}/hf; the step moved them by up to {moved:.2f}")
+    for d in (whole, changed):
+        model, info = AutoModelForCausalLM.from_pretrained(d, dtype=torch.float32, output_loading_info=True)
+        assert not info["missing_keys"] and not info["unexpected_keys"], info
+        with torch.no_grad():
+            for p, c, got in zip(prompts, completions, served["logprobs"]):
+                want = objective.log_probs(model.eval(), p, c).numpy()
+                worst = max(worst, float(np.abs(want - np.array(got)).max()))
+                moved = max(moved, float(np.abs(want - objective.log_probs(before.eval(), p, c).numpy()).max()))
+    print(f"{case}: {sum(map(len, completions))} log-probs of the served policy within {worst:.1e} of transformers on what pull and pull --delta delivered; the step moved them by up to {moved:.2f}")
     assert worst <= TOLERANCE, worst
     assert moved > 100 * TOLERANCE, "the checkpoint is the model it started from"
 
@@ -99,10 +119,11 @@ def check_import(d):
 
 
 def main():
-    url, store, imported = sys.argv[1], pathlib.Path(sys.argv[2]), pathlib.Path(sys.argv[3])
+    trainerd, url, store, imported = sys.argv[1], sys.argv[2], pathlib.Path(sys.argv[3]), pathlib.Path(sys.argv[4])
     torch.set_num_threads(2)
-    for case in CASES:
-        check(url, store, case)
+    with tempfile.TemporaryDirectory() as tmp:
+        for case in CASES:
+            check(trainerd, url, store, case, pathlib.Path(tmp))
     check_import(imported)
     print("interop: ok")
 
