@@ -86,7 +86,7 @@ goldens: venv $(SMOLLM2) ## makes parity/testdata anew (PyTorch)
 	$(PY) sagrpo/testdata/trl_goldens.py
 
 crash: ## kill -9 and power cuts on a real server: 108 seeded jobs each, every one dies and has to end as if it had not
-	CGO_ENABLED=0 $(GO) test -tags crashpoints -count=1 -v -timeout 10m -run 'TestKills|TestPowerCuts' ./internal/crashtest
+	CGO_ENABLED=0 $(GO) test -tags crashpoints -count=1 -v -timeout 20m -run 'TestKills|TestPowerCuts' ./internal/crashtest
 
 soak: ## the same for RUNS jobs of each kind (5000), from another SEED
 	CGO_ENABLED=0 $(GO) test -tags crashpoints -count=1 -v -timeout 24h -run 'TestKills|TestPowerCuts' ./internal/crashtest -runs $${RUNS:-5000} -seed $${SEED:-1000}

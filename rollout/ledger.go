@@ -12,6 +12,12 @@ type record[T any] struct {
 	value T
 }
 
+// reserve makes room for n names in an empty ledger.
+func (l *ledger[T]) reserve(n int) {
+	l.list = make([]record[T], 0, n)
+	l.at = make(map[digest]uint32, n)
+}
+
 // add enters a name that is not there yet; false when it is.
 func (l *ledger[T]) add(name digest, value T) bool {
 	if l.at == nil {

@@ -250,6 +250,8 @@ func RestoreAssembler(o AssemblerOptions, s *Snapshot) (*Assembler, error) {
 			return bad("batch %d at place %d of %d", seq, i, len(s.batches))
 		}
 	}
+	a.closed.reserve(len(s.closed))
+	a.seen.reserve(len(s.seen))
 	for _, c := range s.closed {
 		if !a.closed.add(c.name, c.value) {
 			return bad("a closed group is named twice")

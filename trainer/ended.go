@@ -157,9 +157,13 @@ func (j *Job) reclaim() error {
 	defer crashpoint.Enter(crashpoint.Retain)()
 	dir := j.m.jobDir(j.ID)
 	err := j.closeLog()
-	for _, name := range []string{"spool", "base", "base" + partialMark, "snapshot", fileEnded + partialMark} {
+	for _, pattern := range []string{"spool", "base*", "snapshot*", fileEnded + partialMark} {
 		crashpoint.Reach("ended.reclaim")
-		err = errors.Join(err, os.RemoveAll(filepath.Join(dir, name)))
+		names, bad := filepath.Glob(filepath.Join(dir, pattern))
+		err = errors.Join(err, bad)
+		for _, name := range names {
+			err = errors.Join(err, os.RemoveAll(name))
+		}
 	}
 	return err
 }
