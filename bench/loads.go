@@ -24,6 +24,7 @@ func (l Load) Rollouts() int {
 
 // The lengths are what torch_baseline.py's load() draws (torch.Generator, seed 7).
 var loads = []Load{
+	{"smoke", 16, [][]int{same(4, 8), same(4, 8)}}, // to see that a benchmark runs
 	{"cpu512", 512, [][]int{{64, 64, 64, 64, 64, 64, 64}}},
 	{"flat", 256, [][]int{same(8, 768), same(8, 768), same(8, 768), same(8, 768)}},
 	{"secloop", 1536, [][]int{
@@ -44,20 +45,22 @@ func same(n, v int) []int {
 	return out
 }
 
-// LoadByName returns one of cpu512, flat, secloop, reason.
+// LoadByName returns one of smoke, cpu512, flat, secloop, reason.
 func LoadByName(name string) (Load, error) {
 	for _, l := range loads {
 		if l.Name == name {
 			return l, nil
 		}
 	}
-	return Load{}, fmt.Errorf("unknown load %q, expected cpu512, flat, secloop or reason", name)
+	return Load{}, fmt.Errorf("unknown load %q, expected smoke, cpu512, flat, secloop or reason", name)
 }
 
 // Shape returns the model of a size name, as in torch_baseline.py (Qwen2, random weights).
 func Shape(name string) (model.Config, error) {
 	c := model.Config{Type: "qwen2", QKVBias: true, MaxPositions: 32768, RopeTheta: 10000, NormEps: 1e-6, InitStd: 0.02, BOS: -1}
 	switch name {
+	case "smoke":
+		c.Hidden, c.FFN, c.Layers, c.Heads, c.KVHeads, c.Vocab, c.Tied = 32, 64, 2, 4, 2, 256, true
 	case "135m":
 		c.Hidden, c.FFN, c.Layers, c.Heads, c.KVHeads, c.Vocab, c.Tied = 576, 1536, 30, 9, 3, 49152, true
 	case "0.5b":
@@ -67,7 +70,7 @@ func Shape(name string) (model.Config, error) {
 	case "7b":
 		c.Hidden, c.FFN, c.Layers, c.Heads, c.KVHeads, c.Vocab = 3584, 18944, 28, 28, 4, 152064
 	default:
-		return c, fmt.Errorf("unknown shape %q, expected 135m, 0.5b, 1.5b or 7b", name)
+		return c, fmt.Errorf("unknown shape %q, expected smoke, 135m, 0.5b, 1.5b or 7b", name)
 	}
 	c.HeadDim = c.Hidden / c.Heads
 	return c, nil
