@@ -15,7 +15,7 @@ GOVULNCHECK_VERSION := v1.9.0
 MINIO_VERSION       := latest
 SMOLLM2             := $(CACHE)/smollm2/SmolLM2.gguf
 
-.PHONY: test-field bench-field field-leaks build test test-race test-parity test-minio test-interop test-readme lint bench demo demo-control demo-seeds demo-smollm2 crash soak crash-mutations faults goldens tools venv fuzz clean
+.PHONY: test-field bench-field field-leaks build test test-race test-parity test-minio test-interop test-readme lint bench demo demo-control demo-seeds demo-smollm2 demo-secloop secloop-control secloop-smollm2 secloop-sweep crash soak crash-mutations faults goldens tools venv fuzz clean
 .PHONY: attack vuln
 .PHONY: kernels trainerd-cuda cuda-driver cuda-check cuda-emulated device-bundle
 
@@ -80,6 +80,18 @@ demo-seeds: build ## three seeds of both
 
 demo-smollm2: build $(SMOLLM2) ## three SA-GRPO steps on SmolLM2-135M-Instruct
 	bin/trainerd demo --smollm2 $(SMOLLM2)
+
+demo-secloop: build ## the loop against attacks on simulated battle-fields; exits 1 unless held-out accuracy rises by 30 points
+	bin/trainerd secloop run --story --check
+
+secloop-control: build ## the same with rewards shuffled within each group; exits 1 if it gains
+	bin/trainerd secloop run --control --check
+
+secloop-smollm2: build $(SMOLLM2) ## a few turns of the loop with SmolLM2-135M-Instruct
+	bin/trainerd secloop run --smollm2 $(SMOLLM2)
+
+secloop-sweep: build ## objectives, reward modules and group sizes over three seeds; goes on where it was ended
+	bin/trainerd secloop sweep --out out/sweep
 
 goldens: venv $(SMOLLM2) ## makes parity/testdata anew (PyTorch)
 	TRAINERD_SMOLLM2=$(SMOLLM2) $(PY) parity/py/make_goldens.py
