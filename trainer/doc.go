@@ -13,15 +13,21 @@
 // have work share the device's time by their weights (executor.go); a job has two
 // lanes in its queue, one for training and one for requests, served in turn, so
 // that neither a busy job nor a flood of requests starves the rest.
-// Each job has one goroutine that decides what its next piece of training is.
+// Each job has one goroutine that decides what its next piece of training is. A
+// checkpoint is captured on the device's goroutine between two steps (capture.go) and
+// written by one of its own, at most one for a job (flight.go), which Close waits for.
 //
 // # What is durable
 //
 // A batch is accepted once its bytes are fsynced to the job's spool; groups,
 // batch records and idempotency keys are functions of the spool and are rebuilt
-// from it. A step record says which groups a step consumed. After a restart a
-// job loads its newest snapshot (or its base model), feeds the spool to a new
-// assembler, replays the recorded steps after the snapshot, and goes on.
+// from it. A step record says which groups a step consumed. A snapshot has the
+// queue of its moment beside weights and optimizer state; once it is in the
+// store, the spool is trimmed to what came after. After a restart a job loads
+// its newest snapshot (or its base model), reads the rest of the spool, replays
+// the recorded steps after the snapshot, and goes on. An ended job keeps what its
+// API answers in one file.
 //
-// Read spec.go (the job document), then manager.go, job.go, and train.go.
+// Read spec.go (the job document), then manager.go, job.go, and train.go; queue.go
+// and ended.go for what outlives the spool.
 package trainer
