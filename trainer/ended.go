@@ -7,6 +7,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"strings"
 	"time"
 
 	"trainerd/internal/crashpoint"
@@ -44,7 +45,7 @@ func (j *Job) retire() {
 			j.known()
 			return
 		}
-		j.m.log.Warn("an ended job waits for its snapshot", "job", j.ID, "err", err)
+		j.m.log.Warn("settle an ended job: it is tried again", "job", j.ID, "err", err)
 		select {
 		case <-time.After(pause):
 		case <-j.m.closed:
@@ -156,22 +157,21 @@ func (j *Job) readEnded() (bool, error) {
 func (j *Job) reclaim() error {
 	defer crashpoint.Enter(crashpoint.Retain)()
 	dir := j.m.jobDir(j.ID)
-	err := j.closeLog()
-	for _, pattern := range []string{"spool", "base*", "snapshot*", fileEnded + partialMark} {
+	entries, err := os.ReadDir(dir)
+	err = errors.Join(err, j.closeLog())
+	for _, prefix := range []string{"spool", "base", "snapshot", fileEnded + partialMark} {
 		crashpoint.Reach("ended.reclaim")
-		names, bad := filepath.Glob(filepath.Join(dir, pattern))
-		err = errors.Join(err, bad)
-		for _, name := range names {
-			err = errors.Join(err, os.RemoveAll(name))
+		for _, e := range entries {
+			if strings.HasPrefix(e.Name(), prefix) {
+				err = errors.Join(err, os.RemoveAll(filepath.Join(dir, e.Name())))
+			}
 		}
 	}
 	return err
 }
 
-// openLog opens the job's spool unless it is open.
+// openLog opens the job's spool unless it is open. Called by the job's goroutine, or before there is one.
 func (j *Job) openLog() error {
-	j.mu.Lock()
-	defer j.mu.Unlock()
 	if j.spool != nil {
 		return nil
 	}
@@ -179,6 +179,8 @@ func (j *Job) openLog() error {
 	if err != nil {
 		return fmt.Errorf("open spool of job %s: %w", j.ID, err)
 	}
+	j.mu.Lock()
+	defer j.mu.Unlock()
 	j.spool = log
 	return nil
 }
