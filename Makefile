@@ -107,7 +107,7 @@ crash-mutations: ## one sync or record left out at a time: each must turn the cr
 	CGO_ENABLED=0 $(GO) test -tags crashpoints -count=1 -v -timeout 30m -parallel 3 -run TestMutations ./internal/crashtest
 
 faults: $(CACHE)/bin/minio ## breaks MinIO, its network and full disks under a real server, as root; fails where mounting is not allowed
-	TRAINERD_MINIO=$(CACHE)/bin/minio CGO_ENABLED=0 $(GO) test -tags faults -count=1 -v -timeout 15m ./internal/faulttest
+	TRAINERD_MINIO=$(CACHE)/bin/minio CGO_ENABLED=0 $(GO) test -tags faults -count=1 -v -parallel 5 -timeout 15m ./internal/faulttest
 
 attack: ## the HTTP server under slow clients, bombs, smuggling, resets; a good client is served beside each
 	CGO_ENABLED=0 $(GO) test -tags attacks -count=1 -v -timeout 10m -run 'TestSlow|TestMany|TestDecompression|TestHostile|TestIdempotencyKeys|TestRange|TestSmuggling|TestRapid|TestHeaders|TestPathTricks|TestGuessing|TestWhoMayUseWhat|TestOneToken' ./server

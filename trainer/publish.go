@@ -188,6 +188,9 @@ func (j *Job) retain(ctx context.Context) {
 		deleted(err)
 		if err != nil {
 			j.m.log.Warn("delete an old checkpoint", "job", j.ID, "prefix", man.Prefix, "err", err)
+			if fault.KindOf(err) == fault.Unavailable {
+				return // of a store that is in trouble each deletion takes its time-outs
+			}
 		}
 	}
 }

@@ -32,6 +32,7 @@ func (w *world) diskSays(since time.Time) {
 
 // TestDataDiskFull fills the disk of the spool and the database, not the store's.
 func TestDataDiskFull(t *testing.T) {
+	t.Parallel()
 	data := smallDisk(t, 16)
 	w := newWorld(t, options{data: data, store: []string{"--store", "dir:" + t.TempDir()}})
 	w.healthy()
@@ -54,6 +55,7 @@ func TestDataDiskFull(t *testing.T) {
 // TestDataDiskFullDuringSteps has a queue of work when the disk is full, so that
 // it is the record of a step that fails.
 func TestDataDiskFullDuringSteps(t *testing.T) {
+	t.Parallel()
 	data := smallDisk(t, 16)
 	w := newWorld(t, options{data: data, store: []string{"--store", "dir:" + t.TempDir()}, pace: 5 * time.Millisecond})
 	w.healthy()
@@ -85,6 +87,7 @@ func TestDataDiskFullDuringSteps(t *testing.T) {
 
 // TestOneDiskForAll has spool, database and checkpoints on the disk that is full.
 func TestOneDiskForAll(t *testing.T) {
+	t.Parallel()
 	data := smallDisk(t, 24)
 	w := newWorld(t, options{data: data})
 	w.healthy()
@@ -100,6 +103,7 @@ func TestOneDiskForAll(t *testing.T) {
 // TestFullDiskAtStart restarts a server on the disk that stopped it: it starts,
 // says what is wrong, and goes on once there is space.
 func TestFullDiskAtStart(t *testing.T) {
+	t.Parallel()
 	data := smallDisk(t, 24)
 	w := newWorld(t, options{data: data})
 	w.healthy()

@@ -26,15 +26,19 @@ func s3Flags(url string) []string {
 func wideConfig() model.Config {
 	c := servertest.TinyConfig()
 	c.Vocab, c.Hidden, c.FFN, c.Layers, c.HeadDim = 8192, 1024, 64, 1, 16
+	c.InitStd = 0.02
 	return c
 }
 
 func TestStoreKilledMidUpload(t *testing.T) {
+	t.Parallel()
 	m := startMinIO(t, t.TempDir())
 	p := startProxy(t, m.addr, 1)
-	w := newWorld(t, options{store: s3Flags(p.url), keys: rightKeys, model: wideConfig(), pace: 500 * time.Millisecond})
+	w := newWorld(t, options{store: s3Flags(p.url), keys: rightKeys, model: wideConfig(), pace: 700 * time.Millisecond,
+		document: func(doc map[string]any) { doc["optimizer"] = map[string]any{"lr": 1e-4} }})
 	w.healthy()
 
+	from := w.mark()
 	var struck atomic.Bool
 	hit := make(chan struct{})
 	p.set(mode{halfway: func(r *http.Request) {
@@ -43,47 +47,49 @@ func TestStoreKilledMidUpload(t *testing.T) {
 			close(hit)
 		}
 	}})
-	since := time.Now()
 	select {
 	case <-hit:
 	case <-time.After(time.Minute):
 		t.Fatal("no second part was uploaded")
 	}
-	w.says("publish_failed", "", since, 30*time.Second)
-	w.goesOn(30 * time.Second)
+	w.says("publish_failed", "", from.at, 30*time.Second)
+	w.goesOn(from, 30*time.Second)
 	m.start(rightKeys)
 	w.recovers(recovery, "publish_failed")
 	w.finishStore(m)
 }
 
 func TestStorePaused(t *testing.T) {
+	t.Parallel()
 	m := startMinIO(t, t.TempDir())
 	w := newWorld(t, options{store: s3Flags("http://" + m.addr), keys: rightKeys})
 	w.healthy()
-	since := time.Now()
+	from := w.mark()
 	m.pause()
-	w.says("publish_failed", "", since, 3*time.Minute)
-	w.goesOn(30 * time.Second)
+	w.says("publish_failed", "", from.at, 3*time.Minute)
+	w.goesOn(from, 30*time.Second)
 	m.resume()
 	w.recovers(recovery, "publish_failed")
 	w.finishStore(m)
 }
 
 func TestStoreOutOfSpace(t *testing.T) {
+	t.Parallel()
 	dir := smallDisk(t, 64)
 	m := startMinIO(t, dir+"/data")
 	w := newWorld(t, options{store: s3Flags("http://" + m.addr), keys: rightKeys})
 	w.healthy()
-	since := time.Now()
+	from := w.mark()
 	free := fillDisk(t, dir)
-	w.says("publish_failed", "", since, time.Minute)
-	w.goesOn(30 * time.Second)
+	w.says("publish_failed", "", from.at, time.Minute)
+	w.goesOn(from, 30*time.Second)
 	free()
 	w.recovers(recovery, "publish_failed")
 	w.finishStore(m)
 }
 
 func TestStoreRefusesTheCredentials(t *testing.T) {
+	t.Parallel()
 	m := startMinIO(t, t.TempDir())
 	wrong := keys{rightKeys.access, "faulttest-wrong-77aa"}
 	_, err := serve(options{data: t.TempDir(), store: s3Flags("http://" + m.addr), keys: wrong})
@@ -101,11 +107,11 @@ func TestStoreRefusesTheCredentials(t *testing.T) {
 
 	w := newWorld(t, options{store: s3Flags("http://" + m.addr), keys: rightKeys})
 	w.healthy()
-	since := time.Now()
+	from := w.mark()
 	m.kill()
 	m.start(keys{rightKeys.access, "faulttest-rotated-cc02"})
-	w.says("publish_failed", "access denied", since, time.Minute)
-	w.goesOn(30 * time.Second)
+	w.says("publish_failed", "access denied", from.at, time.Minute)
+	w.goesOn(from, 30*time.Second)
 	if strings.Contains(w.server.log.String(), rightKeys.secret) {
 		t.Error("the log holds the secret")
 	}
@@ -117,13 +123,14 @@ func TestStoreRefusesTheCredentials(t *testing.T) {
 
 // TestStoreIsFlaky trains through a store that fails one request in four, in every way there is.
 func TestStoreIsFlaky(t *testing.T) {
+	t.Parallel()
 	m := startMinIO(t, t.TempDir())
 	p := startProxy(t, m.addr, 5)
 	w := newWorld(t, options{store: s3Flags(p.url), keys: rightKeys})
 	w.healthy()
 	p.set(mode{slowDown: 0.05, broken: 0.05, cutUp: 0.05, lost: 0.05, truncated: 0.05})
 	at := w.status().PolicyStep
-	w.await("30 steps are published all the same", 2*time.Minute, func() bool { return w.status().PolicyStep >= at+30 })
+	w.await("ten publications all the same", 2*time.Minute, func() bool { return w.status().PolicyStep >= at+10*every })
 	p.set(mode{})
 	t.Logf("injected: %v", p.injected())
 	for _, kind := range []string{"slowDown", "broken", "cutUp", "lost", "truncated"} {
@@ -137,14 +144,15 @@ func TestStoreIsFlaky(t *testing.T) {
 
 // TestStoreAnswersOnly503 is a store that refuses everything for a while.
 func TestStoreAnswersOnly503(t *testing.T) {
+	t.Parallel()
 	m := startMinIO(t, t.TempDir())
 	p := startProxy(t, m.addr, 6)
 	w := newWorld(t, options{store: s3Flags(p.url), keys: rightKeys})
 	w.healthy()
-	since := time.Now()
+	from := w.mark()
 	p.set(mode{slowDown: 1})
-	w.says("publish_failed", "SlowDown", since, time.Minute)
-	w.goesOn(30 * time.Second)
+	w.says("publish_failed", "SlowDown", from.at, time.Minute)
+	w.goesOn(from, 30*time.Second)
 	p.set(mode{})
 	w.recovers(recovery, "publish_failed")
 	w.finishStore(m)
@@ -153,16 +161,17 @@ func TestStoreAnswersOnly503(t *testing.T) {
 // TestStoreIsSlow publishes through 200 kB/s and half a second before each answer:
 // nothing fails, the newest step is published late.
 func TestStoreIsSlow(t *testing.T) {
+	t.Parallel()
 	m := startMinIO(t, t.TempDir())
 	p := startProxy(t, m.addr, 7)
 	w := newWorld(t, options{store: s3Flags(p.url), keys: rightKeys})
 	w.healthy()
 	p.set(mode{rate: 200 << 10, delay: 500 * time.Millisecond})
-	since := time.Now()
-	w.goesOn(30 * time.Second)
+	from := w.mark()
+	w.goesOn(from, 30*time.Second)
 	at := w.status().PolicyStep
-	w.await("two more publications, slowly", 2*time.Minute, func() bool { return w.status().PolicyStep > at+1 })
-	if e := w.status().LastError; e != nil && e.Time.After(since) {
+	w.await("two more publications, slowly", 2*time.Minute, func() bool { return w.status().PolicyStep >= at+2*every })
+	if e := w.status().LastError; e != nil && e.Time.After(from.at) {
 		t.Errorf("a slow store is an error: %+v", e)
 	}
 	p.set(mode{})

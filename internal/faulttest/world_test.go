@@ -26,6 +26,7 @@ import (
 	"trainerd/model"
 	"trainerd/rollout/arrowio"
 	"trainerd/server/servertest"
+	"trainerd/storage"
 )
 
 // Every batch is two groups, which is a step: the weights after step k follow
@@ -33,6 +34,8 @@ import (
 const (
 	groupSize     = 4
 	groupsPerStep = 2
+
+	every = 8 // steps are published; without a store training goes on for as many
 )
 
 // binary is the trainerd under test.
@@ -228,7 +231,7 @@ func (w *world) document() map[string]any {
 		"objective":  map[string]any{"name": "sa_grpo", "group_size": groupSize, "beta": 0.05},
 		"optimizer":  map[string]any{"lr": 1e-2},
 		"batch":      map[string]any{"groups_per_step": groupsPerStep, "max_tokens_per_micro_batch": 64, "max_policy_lag": nil},
-		"checkpoint": map[string]any{"dtype": "F32", "publish_every_steps": 1, "snapshot_every_steps": 5, "keep_last": 3, "keep_every": 0},
+		"checkpoint": map[string]any{"dtype": "F32", "publish_every_steps": every, "snapshot_every_steps": 2 * every, "keep_last": 3, "keep_every": 0},
 		"sampling":   map[string]any{"max_sequences": 0},
 	}
 	if w.o.document != nil {
@@ -395,7 +398,7 @@ func (w *world) healthy() {
 	w.t.Helper()
 	w.await("healthy", time.Minute, func() bool {
 		status, _, _ := w.ready()
-		return status == http.StatusOK && w.status().PolicyStep >= 3
+		return status == http.StatusOK && w.status().PolicyStep >= every
 	})
 }
 
@@ -427,11 +430,22 @@ func (w *world) recovers(within time.Duration, codes ...string) {
 	}
 }
 
-// goesOn asserts that batches are accepted, and steps done, during a fault.
-func (w *world) goesOn(within time.Duration) {
+// mark is where a job was when a fault began.
+type mark struct {
+	at      time.Time
+	batches int
+	step    int64
+}
+
+func (w *world) mark() mark {
 	w.t.Helper()
-	batches, step := w.batches(), w.status().Step
-	w.await("training goes on", within, func() bool { return w.batches() >= batches+3 && w.status().Step >= step+3 })
+	return mark{time.Now(), w.batches(), w.status().Step}
+}
+
+// goesOn asserts that batches are accepted, and steps done, during a fault.
+func (w *world) goesOn(from mark, within time.Duration) {
+	w.t.Helper()
+	w.await("training goes on", within, func() bool { return w.batches() >= from.batches+3 && w.status().Step >= from.step+3 })
 }
 
 // finish lets the job train all that was accepted and compares it with a run that
@@ -439,19 +453,15 @@ func (w *world) goesOn(within time.Duration) {
 func (w *world) finish() (client.Job, map[string]string) {
 	w.t.Helper()
 	n := w.rest()
-	w.await("all is trained", time.Minute, func() bool {
+	w.await("all is trained", 3*time.Minute, func() bool {
 		j := w.status()
-		return j.Step == int64(n) && j.PolicyStep == j.Step
+		return j.Step == int64(n) && j.LastError == nil
 	})
 	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
 	defer cancel()
 	m, err := w.client.Publish(ctx, w.job, true)
 	if err != nil {
 		w.t.Fatalf("publish the end: %v", err)
-	}
-	got := map[string]string{}
-	for _, f := range m.Files {
-		got[f.Name] = f.SHA256
 	}
 	j := w.status()
 	want := client.Counts{Batches: int64(n), Rollouts: int64(n * groupsPerStep * groupSize), GroupsTrained: int64(n * groupsPerStep)}
@@ -463,6 +473,7 @@ func (w *world) finish() (client.Job, map[string]string) {
 	if d := cmp.Diff(want, have); d != "" {
 		w.t.Errorf("rows accepted are not rows trained (-want +got):\n%s", d)
 	}
+	got := digests(m)
 	if d := cmp.Diff(w.undisturbed(n), got); d != "" {
 		w.t.Errorf("the weights are not those of the undisturbed run (-undisturbed +got):\n%s", d)
 	}
@@ -524,9 +535,16 @@ func (w *world) undisturbed(n int) map[string]string {
 	if err != nil {
 		w.t.Fatal(err)
 	}
+	return digests(m)
+}
+
+// digests are a checkpoint's files by name, less the queue, which names the job and times.
+func digests(m storage.Manifest) map[string]string {
 	out := map[string]string{}
 	for _, f := range m.Files {
-		out[f.Name] = f.SHA256
+		if f.Name != "state/queue.bin" {
+			out[f.Name] = f.SHA256
+		}
 	}
 	return out
 }
