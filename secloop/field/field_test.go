@@ -8,6 +8,7 @@ import (
 	"math/rand/v2"
 	"net"
 	"os"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -88,12 +89,19 @@ func TestTwins(t *testing.T) {
 						t.Errorf("stage %s: simulator %+v, namespaces %+v", want.Stages[k].Name, want.Stages[k], got.Stages[k])
 					}
 				}
+				if w, g := has(want.Events, scenario.Refused), has(got.Events, scenario.Refused); w != g {
+					t.Errorf("rules turned somebody away: simulator %v, namespaces %v", w, g)
+				}
 				if d := cmp.Diff(want.Down, got.Down); d != "" {
 					t.Errorf("hosts down: simulator -, namespaces +\n%s", d)
 				}
 			})
 		}
 	}
+}
+
+func has(events []scenario.Event, kind string) bool {
+	return slices.ContainsFunc(events, func(e scenario.Event) bool { return e.Kind == kind })
 }
 
 // TestNobodyReachesTheHost puts listeners on every address and on sockets of

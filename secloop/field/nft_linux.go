@@ -115,3 +115,22 @@ func (f *filter) add(r scenario.Rule) error {
 	}
 	return nil
 }
+
+// refused is how many packets the rules have turned away, by their counters.
+func (f *filter) refused() (uint64, error) {
+	var n uint64
+	for _, chain := range []*nftables.Chain{f.in, f.out} {
+		rules, err := f.conn.GetRules(f.table, chain)
+		if err != nil {
+			return 0, fmt.Errorf("read counters: %w", err)
+		}
+		for _, r := range rules {
+			for _, x := range r.Exprs {
+				if c, ok := x.(*expr.Counter); ok {
+					n += c.Packets
+				}
+			}
+		}
+	}
+	return n, nil
+}

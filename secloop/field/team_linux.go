@@ -94,7 +94,15 @@ func blueRole() error {
 			b.Settle()
 			return nil, nil
 		case "events":
-			return append(b.Events(), kernelEvents()...), nil
+			refused, err := filter.refused()
+			if err != nil {
+				return nil, err
+			}
+			all := append(b.Events(), kernelEvents()...)
+			if refused > 0 {
+				all = append(all, scenario.Event{Kind: scenario.Refused, Detail: strconv.FormatUint(refused, 10)})
+			}
+			return all, nil
 		}
 		return nil, fmt.Errorf("unknown request %q", op)
 	})

@@ -117,6 +117,9 @@ const Backlog = 64
 // SynOverflow is the kind of the event that counts SYNs which found the queue full.
 const SynOverflow = "syn_overflow"
 
+// Refused is the kind of the event that counts packets which rules turned away.
+const Refused = "refused"
+
 // Forged is the i-th forged source of a flood.
 func Forged(i int) netip.Addr { return netip.AddrFrom4([4]byte{198, 18, 4, byte(1 + i%250)}) }
 

@@ -18,6 +18,7 @@ type network struct {
 	listeners map[netip.AddrPort]*listener
 	rules     []scenario.Rule
 	used      []int // new connections that rule i has let through
+	refused   int   // connections that rules have turned away
 	sysctls   map[string]string
 	halfOpen  map[netip.AddrPort]int
 	dropped   map[netip.AddrPort]int            // SYNs that found the queue full
@@ -95,6 +96,9 @@ func (n *network) accepts(i int, r scenario.Rule, from, to netip.Addr, port uint
 func (n *network) Dial(ctx context.Context, src netip.Addr, dst netip.AddrPort) (net.Conn, error) {
 	n.mu.Lock()
 	ok := n.passes(src, dst)
+	if !ok {
+		n.refused++
+	}
 	ln := n.listeners[dst]
 	local := n.client(src, dst)
 	full := false // the SYN queue
@@ -166,7 +170,11 @@ func (n *network) Flood(ctx context.Context, dst netip.AddrPort, count int) (int
 		if n.tap != nil {
 			n.tap.Begin(src, dst)
 		}
-		if n.passes(src.Addr(), dst) && n.listeners[dst] != nil {
+		ok := n.passes(src.Addr(), dst)
+		if !ok {
+			n.refused++
+		}
+		if ok && n.listeners[dst] != nil {
 			if n.halfOpen[dst] < scenario.Backlog {
 				n.halfOpen[dst]++
 			} else {
@@ -190,10 +198,14 @@ func (n *network) kernelEvents() []scenario.Event {
 	for _, c := range n.dropped {
 		total += c
 	}
-	if total == 0 {
-		return nil
+	var out []scenario.Event
+	if total > 0 {
+		out = append(out, scenario.Event{Kind: scenario.SynOverflow, Detail: fmt.Sprint(total)})
 	}
-	return []scenario.Event{{Kind: scenario.SynOverflow, Detail: fmt.Sprint(total)}}
+	if n.refused > 0 {
+		out = append(out, scenario.Event{Kind: scenario.Refused, Detail: fmt.Sprint(n.refused)})
+	}
+	return out
 }
 
 type conn struct {
