@@ -257,6 +257,18 @@ func (c Config) Validate() error {
 	if err := c.Tracing.validate(); err != nil {
 		return err
 	}
+	// Both are shown in the log.
+	for name, address := range map[string]string{"s3_endpoint": c.S3Endpoint, "store": c.Store} {
+		if strings.HasPrefix(address, "dir:") {
+			continue
+		}
+		if _, rest, ok := strings.Cut(address, "://"); ok {
+			address = rest
+		}
+		if host, _, _ := strings.Cut(address, "/"); strings.Contains(host, "@") {
+			return fault.BadField(name, "an address with a user", "none in it: s3_access_key and s3_secret_key")
+		}
+	}
 	switch {
 	case c.Data == "":
 		return fault.BadField("data", c.Data, "a directory")
