@@ -16,7 +16,7 @@ MINIO_VERSION       := latest
 SMOLLM2             := $(CACHE)/smollm2/SmolLM2.gguf
 
 .PHONY: test-field bench-field field-leaks build test test-race test-parity test-minio test-interop test-readme lint bench demo demo-control demo-seeds demo-smollm2 demo-secloop secloop-control secloop-smollm2 secloop-sweep crash soak crash-mutations faults goldens tools venv fuzz clean
-.PHONY: attack vuln
+.PHONY: attack vuln test-vllm bench-delta
 .PHONY: kernels trainerd-cuda cuda-driver cuda-check cuda-emulated device-bundle
 
 build: ## bin/trainerd, pure Go
@@ -51,6 +51,12 @@ bench-field: ## creation time, episodes per minute at 1, 4 and 8 in parallel, al
 test-interop: build venv $(SMOLLM2) ## transformers loads what trainerd published, and agrees
 	TRAINERD_SMOLLM2=$(SMOLLM2) parity/interop.sh bin/trainerd $(PY)
 	TRAINERD_PYTHON=$(PY) CGO_ENABLED=0 $(GO) test -tags interop -count=1 -run Pyarrow ./rollout/arrowio
+
+test-vllm: build venv $(SMOLLM2) ## a real vLLM on the CPU (VLLM=its program) loads what pull delivered and follows a job; not in CI
+	TRAINERD_SMOLLM2=$(SMOLLM2) parity/vllm.sh bin/trainerd $(PY) $(or $(VLLM),vllm)
+
+bench-delta: build venv $(SMOLLM2) ## what deltas between SA-GRPO steps of SmolLM2 weigh
+	TRAINERD_SMOLLM2=$(SMOLLM2) parity/delta.sh bin/trainerd $(PY)
 
 test-readme: build venv ## runs the Python snippet of README.md against a server
 	bench/readme.sh bin/trainerd $(PY)
