@@ -24,10 +24,15 @@ import (
 // environment (TRAINERD_ and the member's name in capitals), then flags (the
 // member's name with dashes). Every member is used; unknown ones are refused.
 type Config struct {
-	Listen   string `json:"listen" help:"address to listen on; port 0 picks one"`
-	Data     string `json:"data" help:"directory of the database and the spools"`
-	Device   string `json:"device" help:"cpu, cuda:N or auto"`
-	Workers  int    `json:"workers" help:"workers of the CPU device; 0: one per core"`
+	Listen  string `json:"listen" help:"address to listen on; port 0 picks one"`
+	Data    string `json:"data" help:"directory of the database and the spools"`
+	Device  string `json:"device" help:"cpu, cuda:N or auto"`
+	Workers int    `json:"workers" help:"workers of the CPU device; 0: one per core"`
+
+	DeviceMemory int64    `json:"device_memory" help:"most bytes that models take on the device together; 0: what it has free at the start"`
+	SwapMemory   int64    `json:"swap_memory" help:"most bytes of host memory for models of jobs that do not fit on the device together; 0: such jobs are refused; -1: half of what the host has free at the start"`
+	SwapHold     Duration `json:"swap_hold" help:"how long a model that came to the device stays while its job has work and others wait"`
+
 	Store    string `json:"store" help:"checkpoints go to dir:PATH or s3://bucket/prefix; empty: dir:DATA/store"`
 	Insecure bool   `json:"insecure" help:"serve beyond loopback although there are no tokens"`
 
@@ -80,6 +85,7 @@ func DefaultConfig() Config {
 		Tracing:      defaultTracing(),
 		MaxBodyBytes: 256 << 20, MaxBatchRows: 1 << 16, MaxBatchTokens: 64 << 20,
 		MaxQueueRows: 1 << 20, MaxQueueTokens: 512 << 20, MaxQueueBytes: 2 << 30, MaxCaptureBytes: 8 << 30,
+		SwapMemory: -1, SwapHold: Duration(10 * time.Second),
 		Shutdown: Duration(60 * time.Second),
 	}
 }
@@ -274,6 +280,12 @@ func (c Config) Validate() error {
 		return fault.BadField("data", c.Data, "a directory")
 	case c.Workers < 0:
 		return fault.BadField("workers", c.Workers, "0 or more")
+	case c.DeviceMemory < 0:
+		return fault.BadField("device_memory", c.DeviceMemory, "0 or more")
+	case c.SwapMemory < -1:
+		return fault.BadField("swap_memory", c.SwapMemory, "-1 or more")
+	case c.SwapHold < 0:
+		return fault.BadField("swap_hold", time.Duration(c.SwapHold), "0s or more")
 	case c.MaxBodyBytes <= 0:
 		return fault.BadField("max_body_bytes", c.MaxBodyBytes, "more than 0")
 	case c.MaxBatchRows <= 0:

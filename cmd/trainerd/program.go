@@ -40,10 +40,11 @@ type Program struct {
 
 // openDevice opens "cpu" or "cuda:N"; "auto" takes the first CUDA device there
 // is, else the CPU. A number of workers that nobody would use is refused.
-func openDevice(name string, workers int) (kernels.Device, error) {
+// The options are for the CPU device.
+func openDevice(name string, workers int, options ...cpu.Option) (kernels.Device, error) {
 	switch {
 	case name == "cpu", name == "auto" && !cudaBuilt:
-		return cpu.New(workers)
+		return cpu.New(workers, options...)
 	case name == "auto":
 		if d, err := openCUDA(0); err == nil {
 			if workers > 0 {
@@ -51,7 +52,7 @@ func openDevice(name string, workers int) (kernels.Device, error) {
 			}
 			return d, nil
 		}
-		return cpu.New(workers)
+		return cpu.New(workers, options...)
 	case strings.HasPrefix(name, "cuda:"):
 		n, err := strconv.Atoi(strings.TrimPrefix(name, "cuda:"))
 		if err != nil || n < 0 {
@@ -80,7 +81,7 @@ func (p *Program) Start(ctx context.Context) (err error) {
 	if err != nil {
 		return fmt.Errorf("open store: %w", err)
 	}
-	p.device, err = openDevice(p.Config.Device, p.Config.Workers)
+	p.device, err = openDevice(p.Config.Device, p.Config.Workers, cpu.Memory(p.Config.DeviceMemory))
 	if err != nil {
 		return fmt.Errorf("open device: %w", err)
 	}
@@ -93,10 +94,15 @@ func (p *Program) Start(ctx context.Context) (err error) {
 	if tracer, p.spans, err = p.Config.Tracing.start(ctx, "trainerd", log); err != nil {
 		return err
 	}
+	opened := p.device.Info().Name
 	p.manager, err = trainer.NewManager(trainer.Options{
 		Device: p.device, DataDir: p.Config.Data, Store: store, Logger: log, Tracer: tracer, Version: engineVersion(),
 		Sources:   p.gate.sources.Resolve,
 		PeakFLOPS: 1e12 * p.Config.PeakTFLOPS,
+		Reopen: func() (kernels.Device, error) { // the same one: auto might choose another
+			return openDevice(opened, p.Config.Workers, cpu.Memory(p.Config.DeviceMemory))
+		},
+		DeviceMemory: p.Config.DeviceMemory, SwapMemory: p.Config.swapMemory(p.device), SwapHold: time.Duration(p.Config.SwapHold),
 		OpenStore: func(ctx context.Context, url string) (storage.Blob, error) {
 			return openStore(ctx, p.Config.ObjectStore, url)
 		},
@@ -141,7 +147,33 @@ func (p *Program) Close(ctx context.Context) error {
 	if serr := <-p.served; serr != nil && !errors.Is(serr, http.ErrServerClosed) {
 		err = errors.Join(err, serr)
 	}
-	return errors.Join(err, p.manager.Close(ctx), p.device.Close(), p.gate.close(), p.spans.Close(ctx))
+	return errors.Join(err, p.manager.Close(ctx), p.closeDevice(), p.gate.close(), p.spans.Close(ctx))
+}
+
+// closeDevice closes the device that the manager used last, if it has one.
+func (p *Program) closeDevice() error {
+	if dev := p.manager.Device(); dev != nil {
+		return dev.Close()
+	}
+	return nil
+}
+
+// swapMemory is the host memory for models that are off the device. Without a
+// limit of its own the CPU device has all memory there is, and nothing would be
+// gained by moving a model within it.
+func (c Config) swapMemory(dev kernels.Device) int64 {
+	onHost := dev.Info().Name == "cpu"
+	switch {
+	case c.SwapMemory >= 0:
+		return c.SwapMemory
+	case onHost && c.DeviceMemory == 0:
+		return 0
+	}
+	_, free := cpu.HostMemory()
+	if onHost {
+		free -= c.DeviceMemory
+	}
+	return max(0, free/2)
 }
 
 // halfOf returns a context that ends when half of the time to ctx's deadline is over.

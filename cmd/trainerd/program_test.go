@@ -212,6 +212,27 @@ func TestLimitsAreUsed(t *testing.T) {
 	}
 }
 
+// TestDeviceMemoryIsUsed: jobs that fit one at a time are refused without host
+// memory to put them in, and taken with it.
+func TestDeviceMemoryIsUsed(t *testing.T) {
+	doc := map[string]any{"model": map[string]any{"source": "dir:" + tinyModel(t)}, "objective": map[string]any{"group_size": 2},
+		"batch": map[string]any{"max_tokens_per_micro_batch": 64}, "sampling": map[string]any{"max_sequences": 0}}
+	const memory = 600 << 10 // one takes 409984 bytes
+	for _, swap := range []int64{0, -1, 10 << 20} {
+		_, c := boot(t, func(c *Config) { c.DeviceMemory, c.SwapMemory = memory, swap })
+		if _, err := c.CreateJob(t.Context(), doc, ""); err != nil {
+			t.Fatal(err)
+		}
+		_, err := c.CreateJob(t.Context(), doc, "")
+		if want := map[bool]string{true: "does_not_fit"}[swap == 0]; client.Code(err) != want {
+			t.Errorf("swap_memory %d: a second job gives %v, expected %q", swap, err, want)
+		}
+		if _, err := c.CreateJob(t.Context(), map[string]any{"model": doc["model"], "objective": doc["objective"]}, ""); client.Code(err) != "does_not_fit" {
+			t.Errorf("a job that is too large for the device: %v", err)
+		}
+	}
+}
+
 // TestCaptureLimitIsUsed holds max_capture_bytes to what it says.
 func TestCaptureLimitIsUsed(t *testing.T) {
 	for limit, synchronous := range map[int64]int64{1: 1, 1 << 20: 0} {

@@ -11,6 +11,10 @@ import (
 	"strings"
 )
 
+// HostMemory returns the bytes of memory that this process may ever have, and
+// those it could still take now, within the limits of its control groups.
+func HostMemory() (total, free int64) { return hostMemory() }
+
 // hostMemory returns the bytes of memory this process may ever have, and those
 // it can have now: the least of the machine, the cgroups above it and GOMEMLIMIT.
 func hostMemory() (total, free int64) {
