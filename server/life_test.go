@@ -2,9 +2,7 @@ package server_test
 
 import (
 	"context"
-	"os"
 	"path/filepath"
-	"slices"
 	"testing"
 	"time"
 
@@ -175,21 +173,7 @@ func TestJobLife(t *testing.T) {
 		t.Errorf("sample without a model: %v, expected not_loaded", err)
 	}
 	// What its batches became is kept, their rows are not.
-	kept := func() (names []string) {
-		entries, err := os.ReadDir(filepath.Join(e.DataDir, "jobs", j.ID))
-		if err != nil {
-			t.Fatal(err)
-		}
-		for _, e := range entries {
-			names = append(names, e.Name())
-		}
-		return names
-	}
-	for end := time.Now().Add(time.Minute); !slices.Equal(kept(), []string{"ended.bin"}); time.Sleep(5 * time.Millisecond) {
-		if time.Now().After(end) {
-			t.Fatalf("a finished job keeps %q, expected ended.bin", kept())
-		}
-	}
+	keeps(t, e, j.ID)
 	if b, err := c.Batch(ctx, j.ID, 1); err != nil || b.Groups[0].Status != "trained" {
 		t.Errorf("batch 1 of a finished job: %+v, %v", b, err)
 	}
