@@ -318,7 +318,7 @@ func TestSetsShareNothing(t *testing.T) {
 func TestPrompts(t *testing.T) {
 	s := []sensor.Summary{{Type: "SQL syntax in query", Count: 3, Source: "198.18.0.20", Target: "web1", Risk: "high"}}
 	text, err := Terse{}.Prompt(s)
-	if want := "SQLSynInQue 0.20 web1\n="; err != nil || text != want {
+	if want := "SSIQ 0.20 web1\n="; err != nil || text != want {
 		t.Errorf("terse prompt %q, %v, expected %q", text, err, want)
 	}
 	names := map[string]string{}

@@ -34,16 +34,16 @@ func (Terse) Prompt(summaries []sensor.Summary) (string, error) {
 	return b.String(), nil
 }
 
-// terseType keeps the beginnings of a type's first four words: "SQL syntax in
-// query" becomes SQLSynInQue.
+// terseType keeps the initials of a type's first five words: "SQL syntax in
+// query" becomes SSIQ.
 func terseType(text string) string {
 	var b strings.Builder
 	for i, w := range strings.Fields(text) {
-		if i == 4 {
+		if i == 5 {
 			break
 		}
 		r := []rune(w)
-		b.WriteString(strings.ToUpper(string(r[:1])) + string(r[1:min(3, len(r))]))
+		b.WriteString(strings.ToUpper(string(r[:1])))
 	}
 	return b.String()
 }

@@ -78,7 +78,7 @@ func TestReplay(t *testing.T) {
 	for i := range in {
 		for k := range 3 {
 			rec, err := Recorded(r.Dir, Pick{Step: 5, Group: i, Index: k})
-			if err != nil || rec.Truth != in[i].Truth || rec.Completion != []string{right, breaks, "no strategy"}[k] || rec.Policy != 7 || !strings.HasPrefix(rec.Prompt, "SomOdd 0.20 web1") {
+			if err != nil || rec.Truth != in[i].Truth || rec.Completion != []string{right, breaks, "no strategy"}[k] || rec.Policy != 7 || !strings.HasPrefix(rec.Prompt, "SO 0.20 web1") {
 				t.Fatalf("record %d %d: %+v, %v", i, k, rec, err)
 			}
 			var out bytes.Buffer
