@@ -33,16 +33,17 @@ type point struct {
 
 var (
 	all       = []int{f32, bf16, lagging, ending}
+	first     = []int{admitting, f32, bf16, lagging, ending}
 	snapshots = []int{f32, bf16, ending}
 	points    = map[string]point{
 		"job.before_record": {1, all, false}, "job.recorded": {1, all, false},
 		"spool.new_segment": {2, all, false}, "spool.payload_written": {3, all, false}, "spool.frame_written": {3, all, false},
-		"spool.frame_synced": {3, all, false}, "accept.before_answer": {3, all, false},
-		"step.before_record": {3, all, false}, "step.recorded": {3, all, false}, "step.publishing": {1, []int{f32, bf16}, false},
+		"spool.frame_synced": {3, first, false}, "accept.before_answer": {3, all, false},
+		"step.before_record": {3, first, false}, "step.recorded": {3, first, false}, "step.publishing": {1, []int{f32, bf16}, false},
 		"replay.record": {1, []int{lagging}, true}, "replay.step": {2, []int{lagging}, true},
 		"store.copied": {6, all, false}, "store.before_rename": {6, all, false}, "store.renamed": {6, all, false},
-		"checkpoint.captured": {3, all, false}, "checkpoint.weights_written": {3, all, false}, "checkpoint.queue_written": {2, snapshots, false},
-		"checkpoint.before_manifest": {3, all, false}, "checkpoint.before_latest": {3, all, false},
+		"checkpoint.captured": {3, first, false}, "checkpoint.weights_written": {3, all, false}, "checkpoint.queue_written": {2, snapshots, false},
+		"checkpoint.before_manifest": {3, first, false}, "checkpoint.before_latest": {3, all, false},
 		"retain.before_manifest": {1, []int{f32, lagging}, false}, "retain.before_files": {1, []int{f32, lagging}, false},
 		"trim.before": {2, snapshots, false}, "trim.removed": {1, snapshots, false}, "trim.done": {2, snapshots, false},
 		"ended.written": {1, []int{ending}, false}, "ended.recorded": {1, []int{ending}, false}, "ended.reclaim": {4, []int{ending}, false},

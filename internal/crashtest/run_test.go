@@ -42,8 +42,8 @@ type variant struct {
 	iterations int
 	dtype      string
 	checkpoint map[string]any
-	limited    bool // by max_policy_lag, so that some groups are refused
-	ends       bool // by max_steps, with the open group in the first batch
+	stale      string // what becomes of the groups that are over max_policy_lag; "" for no limit
+	ends       bool   // by max_steps, with the open group in the first batch
 }
 
 // Places in variants.
@@ -52,13 +52,15 @@ const (
 	bf16
 	lagging
 	ending
+	admitting
 )
 
 var variants = []variant{
-	f32:     {"f32", 1, "F32", map[string]any{"snapshot_every_steps": 2, "publish_every_steps": 2, "keep_last": 2}, false, false},
-	bf16:    {"bf16-iterations", 2, "BF16", map[string]any{"snapshot_every_steps": 5, "keep_last": 4}, false, false},
-	lagging: {"lag-replay", 1, "F32", map[string]any{"snapshot_every_steps": 0, "publish_every_steps": 2, "keep_last": 3}, true, false},
-	ending:  {"ending", 1, "F32", map[string]any{"snapshot_every_steps": 3, "keep_last": 2}, false, true},
+	f32:       {"f32", 1, "F32", map[string]any{"snapshot_every_steps": 2, "publish_every_steps": 2, "keep_last": 2}, "", false},
+	bf16:      {"bf16-iterations", 2, "BF16", map[string]any{"snapshot_every_steps": 5, "keep_last": 4}, "", false},
+	lagging:   {"lag-replay", 1, "F32", map[string]any{"snapshot_every_steps": 0, "publish_every_steps": 2, "keep_last": 3}, rollout.StaleReject, false},
+	ending:    {"ending", 1, "F32", map[string]any{"snapshot_every_steps": 3, "keep_last": 2}, "", true},
+	admitting: {"admitting", 1, "F32", map[string]any{"snapshot_every_steps": 2, "keep_last": 2}, rollout.StaleAdmit, false},
 }
 
 func (v variant) document(modelDir string, reference bool) map[string]any {
@@ -69,9 +71,9 @@ func (v variant) document(modelDir string, reference bool) map[string]any {
 	if reference {
 		cp["publish_every_steps"], cp["keep_last"] = 1, 0
 	}
-	most := -1
-	if v.limited {
-		most = lag
+	most, stale := -1, rollout.StaleReject
+	if v.stale != "" {
+		most, stale = lag, v.stale
 	}
 	steps := 0
 	if v.ends {
@@ -81,7 +83,7 @@ func (v variant) document(modelDir string, reference bool) map[string]any {
 		"name": v.name, "max_steps": steps, "model": map[string]any{"source": "dir:" + modelDir},
 		"objective":  map[string]any{"name": "sa_grpo", "group_size": groupSize, "iterations": v.iterations, "beta": 0.05},
 		"optimizer":  map[string]any{"lr": 1e-2},
-		"batch":      map[string]any{"groups_per_step": 2, "max_tokens_per_micro_batch": 64, "max_policy_lag": most},
+		"batch":      map[string]any{"groups_per_step": 2, "max_tokens_per_micro_batch": 64, "max_policy_lag": most, "stale": stale},
 		"checkpoint": cp,
 		"sampling":   map[string]any{"max_sequences": 0},
 	}
@@ -92,7 +94,7 @@ func (v variant) rollouts() [][]byte {
 	var out [][]byte
 	for i := range uint64(batches) {
 		step := rollout.NoPolicyStep
-		if v.limited && i%3 == 1 {
+		if v.stale != "" && i%3 == 1 {
 			step = 0 // too old for the later steps
 		}
 		b := servertest.Batch(fmt.Sprintf("b%02d", i), 2, groupSize, int64(step), i)
@@ -558,7 +560,8 @@ func references(t *testing.T) (modelDir string, refs []*outcome) {
 		if err != nil {
 			t.Fatalf("%s undisturbed: %v", v.name, err)
 		}
-		if refused := out.Counts.GroupsRefused; v.limited != (refused["policy_lag"] > 0) || v.ends != (refused["job_finished"] > 0) {
+		if refused := out.Counts.GroupsRefused; (v.stale == rollout.StaleReject) != (refused["policy_lag"] > 0) ||
+			(v.stale == rollout.StaleAdmit) != (out.Counts.Stale.Admitted > 0) || v.ends != (refused["job_finished"] > 0) {
 			t.Fatalf("%s refused %v: the variant does not test what it is for", v.name, refused)
 		}
 		t.Logf("%s undisturbed: %d steps, %d groups trained, refused %v, %v", v.name, out.Step, out.Counts.GroupsTrained, out.Counts.GroupsRefused, time.Since(began).Round(time.Millisecond))
