@@ -15,7 +15,7 @@ GOVULNCHECK_VERSION := v1.9.0
 MINIO_VERSION       := latest
 SMOLLM2             := $(CACHE)/smollm2/SmolLM2.gguf
 
-.PHONY: test-field bench-field field-leaks build test test-race test-parity test-minio test-interop test-readme lint bench demo demo-control demo-seeds demo-smollm2 demo-secloop secloop-control secloop-smollm2 secloop-sweep crash soak crash-mutations faults goldens tools venv fuzz clean
+.PHONY: test-field test-field-real bench-field field-leaks build test test-race test-parity test-minio test-interop test-readme lint bench demo demo-control demo-seeds demo-smollm2 demo-secloop secloop-control secloop-smollm2 secloop-sweep crash soak crash-mutations faults goldens tools venv fuzz clean
 .PHONY: attack vuln test-vllm bench-delta
 .PHONY: kernels trainerd-cuda cuda-driver cuda-check cuda-emulated device-bundle
 
@@ -42,6 +42,10 @@ test-minio: $(CACHE)/bin/minio ## the storage suite on a real MinIO server
 test-field: ## battle-fields in Linux namespaces, as root; fails where namespaces are not allowed
 	CGO_ENABLED=0 $(GO) test -tags field -count=1 -timeout 10m ./secloop/field
 
+test-field-real: ## the data stores of the battle-field are Debian's redis-server; installs it where it is missing
+	test -x /usr/bin/redis-server || apt-get install -y --no-install-recommends redis-server
+	CGO_ENABLED=0 $(GO) test -tags "field fieldreal" -count=1 -timeout 10m -run TestReal ./secloop/field
+
 field-leaks: ## 500 episodes (EPISODES) with random kills of workers and of supervisors: nothing may be left on the host
 	CGO_ENABLED=0 $(GO) test -tags field -count=1 -v -timeout 30m -run TestNothingIsLeft ./secloop/field -episodes $${EPISODES:-500}
 
@@ -65,7 +69,7 @@ lint: ## formatting, vet, staticcheck, import rules
 	@test -z "$$(gofmt -l $$(git ls-files '*.go'))" || { echo "gofmt wants:"; gofmt -l $$(git ls-files '*.go'); exit 1; }
 	$(GO) vet ./...
 	$(GO) vet -tags minio ./storage/...
-	$(GO) vet -tags field ./secloop/field
+	$(GO) vet -tags "field fieldreal" ./secloop/field
 	$(GO) vet -tags attacks ./server
 	$(GO) vet -tags faults ./internal/faulttest
 	$(GO) vet -tags crashpoints ./internal/... ./trainer ./storage/... ./rollout/...

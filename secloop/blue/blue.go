@@ -22,16 +22,25 @@ const (
 	serviceTimeout = 20 * time.Second
 	userTimeout    = 10 * time.Second
 	rotated        = "correct-horse-battery" // what rotate_credentials sets
-	storeSecret    = "store-password"
 	beaconPort     = 4443
 )
 
+// StorePassword is what the data stores ask for once they ask.
+const StorePassword = "store-password"
+
+// Program is a service of a host that is a program of its own.
+type Program interface {
+	Set(setting string) error // of those that the program knows
+	Stop()
+}
+
 // Blue runs the services of all hosts.
 type Blue struct {
-	ep    scenario.Episode
-	stand scenario.Stand
-	start time.Time
-	wg    sync.WaitGroup
+	ep       scenario.Episode
+	stand    scenario.Stand
+	programs map[string]Program
+	start    time.Time
+	wg       sync.WaitGroup
 
 	mu       sync.Mutex
 	settings map[scenario.Setting]bool
@@ -54,13 +63,22 @@ type Blue struct {
 
 // Start listens on every host's address.
 func Start(ep scenario.Episode, stand scenario.Stand) (*Blue, error) {
+	return StartAround(ep, stand, nil)
+}
+
+// StartAround is Start where programs already serve some hosts, by name.
+func StartAround(ep scenario.Episode, stand scenario.Stand, programs map[string]Program) (*Blue, error) {
 	b := &Blue{
-		ep: ep, stand: stand, start: time.Now(), settings: map[scenario.Setting]bool{}, comments: map[string][]string{},
+		programs: programs,
+		ep:       ep, stand: stand, start: time.Now(), settings: map[scenario.Setting]bool{}, comments: map[string][]string{},
 		uploads: map[string]bool{}, objects: map[string]string{}, mail: map[string]string{}, archived: map[string]bool{},
 		ports: map[string][]net.Listener{}, forwarded: make(chan bool, 8), busy: map[string]int{}, open: map[io.Closer]bool{},
 		zone: map[string]string{"www.corp.test.": scenario.TrustedWWW.String()},
 	}
 	for _, h := range scenario.Hosts() {
+		if programs[h.Name] != nil {
+			continue
+		}
 		serve := map[string]func(net.Conn, scenario.Host){
 			scenario.Web: b.serveWeb, scenario.Store: b.serveStore, scenario.Shell: b.serveLogin, scenario.Share: b.serveLogin, scenario.DNS: b.serveDNS,
 		}[h.Service]
@@ -221,6 +239,11 @@ func (b *Blue) Set(s scenario.Setting) error {
 	if _, ok := scenario.HostByName(s.Host); !ok {
 		return fmt.Errorf("set %s: unknown host %q", s.Name, s.Host)
 	}
+	if p := b.programs[s.Host]; p != nil {
+		if err := p.Set(s.Name); err != nil {
+			return fmt.Errorf("set %s of %s: %w", s.Name, s.Host, err)
+		}
+	}
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	b.settings[s] = true
@@ -234,6 +257,9 @@ func (b *Blue) Set(s scenario.Setting) error {
 func (b *Blue) stop(host string) {
 	for _, ln := range b.ports[host] {
 		ln.Close()
+	}
+	if p := b.programs[host]; p != nil {
+		p.Stop()
 	}
 }
 

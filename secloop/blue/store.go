@@ -23,8 +23,12 @@ func (b *Blue) serveStore(c net.Conn, h scenario.Host) {
 			return
 		}
 		command := strings.ToUpper(words[0])
+		if command == "QUIT" {
+			fmt.Fprint(c, "+OK\r\n")
+			return
+		}
 		if command == "AUTH" {
-			authenticated = len(words) == 2 && words[1] == storeSecret
+			authenticated = len(words) == 2 && words[1] == StorePassword
 			fmt.Fprint(c, "+OK\r\n")
 			continue
 		}
@@ -43,12 +47,10 @@ func (b *Blue) serveStore(c net.Conn, h scenario.Host) {
 			fmt.Fprint(c, "+OK\r\n")
 		case command == "SET" && len(words) == 3:
 			fmt.Fprint(c, "+OK\r\n")
-		case command == "SAVE": // nothing is written: the answer says where it would have gone
-			if dir != "/var/lib/store" {
-				fmt.Fprintf(c, "+saved in %s\r\n", dir)
-			} else {
-				fmt.Fprint(c, "+OK\r\n")
-			}
+		case command == "CONFIG" && len(words) == 3 && strings.EqualFold(words[1], "GET") && words[2] == "dir":
+			fmt.Fprintf(c, "*2\r\n$3\r\ndir\r\n$%d\r\n%s\r\n", len(dir), dir)
+		case command == "SAVE": // nothing is written
+			fmt.Fprint(c, "+OK\r\n")
 		case command == "SLAVEOF" && len(words) == 3: // nobody is followed
 			fmt.Fprint(c, "+OK\r\n")
 		case command == "MODULE" && len(words) == 3 && strings.EqualFold(words[1], "LOAD"): // nothing is loaded

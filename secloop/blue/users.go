@@ -47,7 +47,7 @@ func User(ctx context.Context, stand scenario.Stand, src netip.Addr, h scenario.
 	case scenario.Web:
 		say, expect = "GET /products?q=lamp HTTP/1.1\r\nHost: shop\r\n\r\n", "lamp"
 	case scenario.Store:
-		say, expect = "AUTH "+storeSecret+"\nPING\n\n", "+PONG"
+		say, expect = "AUTH "+StorePassword+"\nPING\nQUIT\n", "+PONG"
 	case scenario.Shell, scenario.Share:
 		return login(c)
 	case scenario.DNS:

@@ -15,6 +15,7 @@ import (
 // Options of a field.
 type Options struct {
 	Parallel int
+	Real     bool
 	Pace     time.Duration
 	Fault    scenario.Fault
 	Canary   []string

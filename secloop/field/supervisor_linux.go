@@ -52,6 +52,7 @@ func Main() {
 // Options of a field.
 type Options struct {
 	Parallel int            // episodes at a time; 0 means the number of CPUs
+	Real     bool           // data stores are Debian's redis-server instead of ours
 	Pace     time.Duration  // how long a chain takes at least, its stages spread evenly; 0 for as fast as it goes
 	Fault    scenario.Fault // put into every episode, for tests
 	Canary   []string       // addresses that red and blue try to reach in every episode, for tests: an episode that reaches one fails
@@ -79,6 +80,9 @@ func Open(o Options) (*Field, error) {
 	}
 	if o.Parallel <= 0 {
 		o.Parallel = runtime.NumCPU()
+	}
+	if _, err := os.Stat(redisServer); o.Real && err != nil {
+		return nil, fault.New(fault.Unavailable, "no_redis", "open battle-field with real services: %w", err)
 	}
 	f := &Field{opts: o, slots: make(chan struct{}, o.Parallel), starts: make(chan startRequest), groups: openCgroups()}
 	f.wg.Add(1)
@@ -139,7 +143,7 @@ func (f *Field) Play(ctx context.Context, a secloop.Alert, s secloop.Strategy) (
 	if err != nil {
 		return out, err
 	}
-	ep.Fault = f.opts.Fault
+	ep.Fault, ep.Real = f.opts.Fault, f.opts.Real
 	if err := f.on(ctx, "play", episode{ep, s, f.opts.Pace, f.opts.Canary}, &out); err != nil {
 		return out, fmt.Errorf("run battle-field: %w", err)
 	}
@@ -179,6 +183,7 @@ func (f *Field) Observe(ctx context.Context, a secloop.Alert, seed uint64) ([]se
 	if err != nil {
 		return nil, err
 	}
+	ep.Real = f.opts.Real
 	var got watched
 	if err := f.on(ctx, "observe", observation{ep, seed, f.opts.Canary}, &got); err != nil {
 		return nil, fmt.Errorf("observe incident: %w", err)

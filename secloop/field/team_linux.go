@@ -42,7 +42,13 @@ func blueRole() error {
 			if filter, err = newFilter(); err != nil {
 				return nil, err
 			}
-			b, err = blue.Start(ep, stand{patience: patience})
+			var programs map[string]blue.Program
+			if ep.Real {
+				if programs, err = startStores(ep); err != nil {
+					return nil, err
+				}
+			}
+			b, err = blue.StartAround(ep, stand{patience: patience}, programs)
 			return nil, err
 		case "escape":
 			return nil, escape(arg)

@@ -92,7 +92,7 @@ func (r *Red) http(ctx context.Context, b *budget, src netip.Addr, with map[stri
 	return scenario.Result{Output: out, Count: len(out)}, err
 }
 
-// store sends commands, separated by ";", and ends.
+// store sends commands, separated by ";", and takes leave.
 func (r *Red) store(ctx context.Context, b *budget, src netip.Addr, with map[string]string) (scenario.Result, error) {
 	c, err := b.dial(ctx, src, r.target().At())
 	if err != nil {
@@ -102,7 +102,7 @@ func (r *Red) store(ctx context.Context, b *budget, src netip.Addr, with map[str
 	for command := range strings.SplitSeq(with["commands"], ";") {
 		text += strings.TrimSpace(command) + "\n"
 	}
-	out, err := ask(c, text+"\n")
+	out, err := ask(c, text+"QUIT\n")
 	return scenario.Result{Output: out, Count: len(out)}, err
 }
 

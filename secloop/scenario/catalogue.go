@@ -166,6 +166,7 @@ type Episode struct {
 	Words    []string
 	Implants []netip.AddrPort // whom the planted process calls; empty for none
 	Session  string           // a stolen one
+	Real     bool             // programs of the distribution serve where the field has them
 	Fault    Fault            // what breaks, for tests
 	Domain   string           // the attacker's
 	Job      bool             // the planted process is started again by a scheduler

@@ -66,7 +66,7 @@ func Observe(ctx context.Context, e Episode, seed uint64, w Watched) error {
 // ordinary is what clients say; harmless is what they say that looks worse than it is.
 var ordinary = map[string][]string{
 	Web:   {get("/products?q=lamp"), get("/products?q=chair"), get("/page?file=about"), get("/")},
-	Store: {"AUTH store-password\nPING\n\n"},
+	Store: {"AUTH store-password\nPING\nQUIT\n"},
 	Shell: {"KEY key-of-users\nRUN id\n"},
 	Share: {"KEY key-of-users\nRUN id\n"},
 	DNS:   {"\x00\x1f\x00\x07\x00\x00\x00\x01\x00\x00\x00\x00\x00\x00\x03www\x04corp\x04test\x00\x00\x01\x00\x01"},
@@ -75,7 +75,7 @@ var ordinary = map[string][]string{
 var harmless = map[string][]string{
 	Web: {get("/products?q=O%27Neill+lamp+or+chair"), get("/page?file=../www/about"), get("/products?q=http://www.corp.test/lamp"),
 		"POST /comments HTTP/1.1\r\nHost: shop\r\nContent-Length: 34\r\n\r\nI pasted <script> tags and it works"},
-	Store: {"AUTH store-password\nKEYS *\n\n"},
+	Store: {"AUTH store-password\nKEYS *\nQUIT\n"},
 	Shell: {"PASS tpyo\nPASS Tpyo\nPASS typo\n"},
 	Share: {"PASS tpyo\nPASS Tpyo\nPASS typo\n", "KEY key-of-users\nRUN list public\n"},
 }
