@@ -13,6 +13,8 @@
 // have work share the device's time by their weights (executor.go); a job has two
 // lanes in its queue, one for training and one for requests, served in turn, so
 // that neither a busy job nor a flood of requests starves the rest.
+// Models that do not fit together take turns (residence.go), and a device that is
+// lost is opened again (lost.go).
 // Each job has one goroutine that decides what its next piece of training is. A
 // checkpoint is captured on the device's goroutine between two steps (capture.go) and
 // written by one of its own, at most one for a job (flight.go), which Close waits for.
