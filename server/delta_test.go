@@ -242,3 +242,83 @@ func TestLatestAsEvents(t *testing.T) {
 		t.Errorf("a type that is not offered: %d", status)
 	}
 }
+
+// holdGet lets a test hold reads of weights.
+type holdGet struct {
+	storage.Blob
+	hold    atomic.Pointer[chan struct{}]
+	waiting atomic.Int32
+}
+
+func (h *holdGet) Get(ctx context.Context, key string, off, n int64) (io.ReadCloser, storage.Info, error) {
+	if hold := h.hold.Load(); hold != nil && strings.HasSuffix(key, "hf/model.safetensors") {
+		h.waiting.Add(1)
+		<-*hold
+	}
+	return h.Blob.Get(ctx, key, off, n)
+}
+
+// TestDeltasAreBounded: two deltas at once, and a third is told to come again.
+func TestDeltasAreBounded(t *testing.T) {
+	const n = 2
+	blob := &holdGet{}
+	e := servertest.Start(t, servertest.Options{WrapStore: func(b storage.Blob) storage.Blob { blob.Blob = b; return blob }})
+	c, ctx := connect(t, e)
+	j := create(t, c, ctx, e.JobDocument(n, nil))
+	step(t, c, e, j.ID, n, 1)
+	hold := make(chan struct{})
+	blob.hold.Store(&hold)
+	got := make(chan error, 2)
+	for range 2 {
+		go func() {
+			r, err := c.Delta(ctx, j.ID, 0, 1)
+			if err == nil {
+				_, err = io.Copy(io.Discard, r)
+				r.Close()
+			}
+			got <- err
+		}()
+	}
+	await(t, c, ctx, j.ID, "two deltas", func(client.Job) bool { return blob.waiting.Load() == 2 })
+	status, p := exchange(t, http.MethodGet, e.URL+"/v1/jobs/"+j.ID+"/checkpoints/1/delta?from=0", nil, nil)
+	if status != http.StatusTooManyRequests || p.Code != "too_many_deltas" || p.retryAfter == "" {
+		t.Errorf("a third delta: %d, %+v", status, p)
+	}
+	blob.hold.Store(nil)
+	close(hold)
+	for range 2 {
+		if err := <-got; err != nil {
+			t.Error(err)
+		}
+	}
+}
+
+// TestPullHoldsALease: retention does not take away what is being pulled.
+func TestPullHoldsALease(t *testing.T) {
+	const n = 2
+	blob := &holdGet{}
+	e := servertest.Start(t, servertest.Options{WrapStore: func(b storage.Blob) storage.Blob { blob.Blob = b; return blob }})
+	c, ctx := connect(t, e)
+	j := create(t, c, ctx, e.JobDocument(n, map[string]any{"checkpoint": map[string]any{"keep_last": 1, "keep_every": 0, "snapshot_every_steps": 0}}))
+	step(t, c, e, j.ID, n, 1)
+	hold := make(chan struct{})
+	blob.hold.Store(&hold)
+	got := make(chan error, 1)
+	go func() {
+		_, err := c.Pull(ctx, j.ID, 1, filepath.Join(t.TempDir(), "d"))
+		got <- err
+	}()
+	await(t, c, ctx, j.ID, "the pull", func(client.Job) bool { return blob.waiting.Load() == 1 })
+	if held, err := c.Leases(ctx, j.ID, 1); err != nil || len(held) != 1 || held[0].Holder != "pull" {
+		t.Errorf("leases during a pull: %+v, %v", held, err)
+	}
+	step(t, c, e, j.ID, n, 2)
+	step(t, c, e, j.ID, n, 3)
+	await(t, c, ctx, j.ID, "retention", func(client.Job) bool { return !has(t, c, e, j.ID, 2) })
+	blob.hold.Store(nil)
+	close(hold)
+	if err := <-got; err != nil {
+		t.Error(err)
+	}
+	await(t, c, ctx, j.ID, "the end of the lease", func(client.Job) bool { return !has(t, c, e, j.ID, 1) })
+}

@@ -2,6 +2,7 @@ package trainer
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"os"
@@ -106,5 +107,17 @@ func (j *Job) restoreBase(base *baseModel) error {
 	if err := j.model.LoadState(f); err != nil {
 		return fmt.Errorf("read the optimizer state of %s: %w", base.source, err)
 	}
+	return nil
+}
+
+// UnmarshalJSON implements json.Unmarshaler: records from before model.state
+// was there took the weights.
+func (m *ModelSpec) UnmarshalJSON(raw []byte) error {
+	type plain ModelSpec
+	p := plain{State: stateWeights}
+	if err := json.Unmarshal(raw, &p); err != nil {
+		return err
+	}
+	*m = ModelSpec(p)
 	return nil
 }
