@@ -28,7 +28,7 @@ var (
 type point struct {
 	passages int   // the death is at one of the first so many
 	jobs     []int // places in variants of the jobs that come by
-	later    bool  // only after another death
+	later    bool  // only after a death that left steps to repeat
 }
 
 var (
@@ -64,7 +64,10 @@ func schedule(n uint64, r *rand.Rand, power bool) (job int, out []strike) {
 		return strike{after: time.Duration(r.Int64N(int64(most))), early: r.IntN(12) == 0, power: cut()}
 	}
 	when := r.IntN(3)
-	if p.later || when == 1 && !strings.HasPrefix(name, "job.") { // a job is created in the first life only
+	switch {
+	case p.later:
+		out = append(out, strike{at: "step.recorded", n: 2 + r.IntN(3), after: 20 * time.Second, power: cut()})
+	case when == 1 && !strings.HasPrefix(name, "job."): // a job is created in the first life only
 		out = append(out, random())
 	}
 	out = append(out, strike{at: name, n: 1 + r.IntN(p.passages), after: 20 * time.Second, power: cut()})
