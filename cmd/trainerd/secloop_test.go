@@ -10,6 +10,7 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+	"time"
 
 	"trainerd/secloop/loop"
 )
@@ -77,6 +78,75 @@ func TestSecloopEndToEnd(t *testing.T) {
 		t.Errorf("eval.json: %v %s", err, b)
 	}
 	serveOnce(t, filepath.Join(dir, "policy"))
+}
+
+// TestSecloopGoesOn ends a run after its first turn; the same command finishes
+// it, and no step of the job is done twice.
+func TestSecloopGoesOn(t *testing.T) {
+	dir := filepath.Join(t.TempDir(), "run")
+	args := append([]string{"secloop", "run", "--out", dir, "--steps", "6"}, shortLoop()...)
+	ctx, stop := context.WithCancel(t.Context())
+	defer stop()
+	root := newRoot()
+	root.SetArgs(args)
+	root.SetOut(discard{})
+	root.SetErr(discard{})
+	done := make(chan error, 1)
+	go func() { done <- root.ExecuteContext(ctx) }()
+	for {
+		if _, err := os.Stat(filepath.Join(dir, "steps.jsonl")); err == nil {
+			break
+		}
+		select {
+		case err := <-done:
+			t.Fatalf("the run ended by itself: %v", err)
+		case <-time.After(time.Millisecond):
+		}
+	}
+	stop()
+	if err := <-done; err == nil {
+		t.Fatal("the run did 5 more turns before it could be ended")
+	}
+	out, log, err := command(t, args...)
+	if err != nil || !strings.Contains(out, "step   6 ") || strings.Contains(out, "step   1 ") {
+		t.Fatalf("%v %s\n%s", err, log, out)
+	}
+	b, err := os.ReadFile(filepath.Join(dir, "result.json"))
+	var r loop.Result
+	if err != nil || json.Unmarshal(b, &r) != nil || len(r.Points) != 14 {
+		t.Errorf("%d points, expected those of 7 measurements on 2 sets: %v", len(r.Points), err)
+	}
+}
+
+// TestSecloopWithAServer trains on a server outside the process.
+func TestSecloopWithAServer(t *testing.T) {
+	p, c := boot(t, nil)
+	dir := t.TempDir()
+	if _, log, err := command(t, "init", "dir:"+filepath.Join(dir, "model"), "--preset", "bytes"); err != nil {
+		t.Fatalf("%v %s", err, log)
+	}
+	out, log, err := command(t, append([]string{"secloop", "run", "--server", p.URL(), "--model", "dir:" + filepath.Join(dir, "model"),
+		"--tokenizer", filepath.Join(dir, "model"), "--out", filepath.Join(dir, "run"), "--steps", "1", "--objective", "grpo", "--without", "penalty", "--control"}, shortLoop()...)...)
+	if err != nil || !strings.Contains(out, "step   1 ") {
+		t.Fatalf("%v %s\n%s", err, log, out)
+	}
+	jobs, err := c.Jobs(t.Context())
+	if err != nil || len(jobs) != 2 || jobs[1].Step != 1 || jobs[1].Counts.Rollouts != 6 || jobs[1].Counts.MissingPolicyStep != 0 {
+		t.Errorf("jobs %+v, %v", jobs, err)
+	}
+	var doc struct {
+		Objective struct {
+			Name    string             `json:"name"`
+			Weights map[string]float64 `json:"reward_weights"`
+		} `json:"objective"`
+	}
+	if err := json.Unmarshal(jobs[1].Document, &doc); err != nil || doc.Objective.Name != "grpo" || doc.Objective.Weights["penalty"] != 0 || doc.Objective.Weights["format"] != 1 {
+		t.Errorf("job %s, %v", jobs[1].Document, err)
+	}
+	if out, log, err := command(t, "secloop", "eval", "--server", p.URL(), "--job", jobs[1].ID, "--tokenizer", filepath.Join(dir, "model"),
+		"--incidents", "2", "--scenarios", "0", "--max-tokens", "16"); err != nil || !strings.Contains(out, "policy step 1") {
+		t.Errorf("%v %s\n%s", err, log, out)
+	}
 }
 
 // serveOnce starts the webhook, posts one alert and stops it.

@@ -255,7 +255,9 @@ func TestJudgePausesTheRound(t *testing.T) {
 	if _, err := a.Play(t.Context(), []Incident{incident("sql_injection", "web1")}, 1, 1); !unavailable(err) {
 		t.Errorf("out of patience: %v", err)
 	}
-	a.Rate = func(context.Context, secloop.Alert, secloop.Strategy) (float64, error) { return 0, errors.New("broken") }
+	a.Rate = func(context.Context, secloop.Alert, secloop.Strategy) (float64, error) {
+		return 0, errors.New("broken")
+	}
 	if _, err := a.Play(t.Context(), []Incident{incident("sql_injection", "web1")}, 1, 1); err == nil || !strings.Contains(err.Error(), "broken") {
 		t.Errorf("a broken judge: %v", err)
 	}

@@ -103,6 +103,14 @@ func TestReplay(t *testing.T) {
 	}
 }
 
+func TestPrintable(t *testing.T) {
+	for in, want := range map[string]string{right: right, "\x1b[2J": `"\x1b[2J"`, "a\nb": `"a\nb"`, "\xff": `"\xff"`, "\u202e": `"\u202e"`} {
+		if got := printable(in); got != want {
+			t.Errorf("%q is shown as %s, expected %s", in, got, want)
+		}
+	}
+}
+
 func wellFormed(t *testing.T, name string, picture []byte) {
 	t.Helper()
 	dec := xml.NewDecoder(bytes.NewReader(picture))

@@ -6,7 +6,10 @@ import (
 	"io"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
+	"unicode"
+	"unicode/utf8"
 
 	"trainerd/internal/fault"
 	"trainerd/secloop"
@@ -49,7 +52,7 @@ func (r Record) Show(w io.Writer) {
 	fmt.Fprintf(w, "episode    step %d, group %s, strategy %d, sampled by policy step %d, %d tokens\n", r.Step, r.Group, r.Index, r.Policy, r.Tokens)
 	fmt.Fprintf(w, "truth      %s (%s) from %s against %s; hidden from the policy\n", r.Truth.Attack, tactic(r.Truth.Attack), r.Truth.Source, r.Truth.Target)
 	fmt.Fprintf(w, "prompt     %s\n", strings.ReplaceAll(strings.TrimSpace(r.Prompt), "\n", "\n           "))
-	fmt.Fprintf(w, "strategy   %s\n", r.Completion)
+	fmt.Fprintf(w, "strategy   %s\n", printable(r.Completion))
 	if r.Void != "" {
 		fmt.Fprintf(w, "void       %s\n", r.Void)
 		return
@@ -67,14 +70,14 @@ func (r Record) Show(w io.Writer) {
 		fmt.Fprintf(w, "call %d     %s: %s\n", i, c.Tool, effects(a))
 	}
 	for _, e := range r.Feedback.Errors {
-		fmt.Fprintf(w, "error      %s\n", e)
+		fmt.Fprintf(w, "error      %s\n", printable(e))
 	}
 	for _, st := range r.Stages {
 		what := "stopped"
 		if st.Succeeded {
 			what = "SUCCEEDED"
 		}
-		fmt.Fprintf(w, "stage      %s: %s (count %d, %d packets%s)\n", st.Name, what, st.Result.Count, st.Result.Packets, prefixed(", ", st.Result.Error))
+		fmt.Fprintf(w, "stage      %s: %s (count %d, %d packets%s)\n", st.Name, what, st.Result.Count, st.Result.Packets, prefixed(", ", printable(st.Result.Error)))
 	}
 	service := "every user was served"
 	if len(r.Down) > 0 {
@@ -85,6 +88,15 @@ func (r Record) Show(w io.Writer) {
 	}
 	fmt.Fprintf(w, "reward     %.3f = format %.0f + execution %.0f + evaluation %.2f - penalty %.2f; correct: %v\n", r.Reward.Total(), r.Reward.Format, r.Reward.Execution,
 		r.Reward.Evaluation, r.Reward.Penalty, r.Reward.Correct)
+}
+
+// printable shows what a policy wrote, or an attacker made it write, without
+// letting it steer a terminal.
+func printable(text string) string {
+	if strings.ContainsFunc(text, func(r rune) bool { return !unicode.IsPrint(r) || r == utf8.RuneError }) {
+		return strconv.Quote(text)
+	}
+	return text
 }
 
 func prefixed(prefix, text string) string {

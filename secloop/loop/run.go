@@ -345,10 +345,10 @@ func (r *Run) tell(round Round, rec StepRecord, checkpoint string) {
 			mark = "*"
 		}
 		if e.Reward.Format == 0 {
-			r.printf("strategy %s%d %.110s\n            no strategy -> reward %.2f\n", mark, i, e.Completion, e.Reward.Total())
+			r.printf("strategy %s%d %.110s\n            no strategy -> reward %.2f\n", mark, i, printable(e.Completion), e.Reward.Total())
 			continue
 		}
-		r.printf("strategy %s%d %.110s\n            stages stopped %.0f %%, executed %.0f %%, services up %v -> reward %.2f%s\n", mark, i, e.Completion,
+		r.printf("strategy %s%d %.110s\n            stages stopped %.0f %%, executed %.0f %%, services up %v -> reward %.2f%s\n", mark, i, printable(e.Completion),
 			100*(1-e.Feedback.Attacked), 100*e.Feedback.Executed, e.Feedback.Service, e.Reward.Total(), map[bool]string{true: ", correct"}[e.Reward.Correct])
 	}
 	r.printf("step        %d groups of %d posted as Arrow, loss %.4f, policy step %d -> %s\n\n", len(round.Episodes), len(g), rec.Metrics["loss"], rec.Policy, checkpoint)
