@@ -27,9 +27,9 @@ type loopFlags struct {
 // byteSettings are those that the small byte-level model learns with.
 func byteSettings() loop.Settings {
 	return loop.Settings{
-		Seed: 1, Objective: "sa_grpo", Weights: loop.DefaultWeights(), LR: 1.5e-4, Temperature: 1, Steps: 60, Groups: 24, Size: 7,
-		Most: 3, MaxPrompt: 192, MaxTokens: 80, MicroBatch: 16384, EvalIncidents: 240, EvalScenarios: 120, EvalEvery: 10,
-		Warm: loop.Warm{Steps: 220, Rows: 64, Ahead: 20, Pool: 1024, LR: 3e-3, Skill: 0.25, EOS: byteEOS},
+		Seed: 1, Objective: "sa_grpo", Weights: loop.DefaultWeights(), LR: 2e-4, Temperature: 1, Steps: 80, Groups: 32, Size: 7,
+		Most: 3, MaxPrompt: 128, MaxTokens: 80, MicroBatch: 16384, EvalIncidents: 240, EvalScenarios: 120, EvalEvery: 20,
+		Warm: loop.Warm{Steps: 300, Rows: 64, Ahead: 20, Pool: 1024, LR: 3e-3, Skill: 0.35, EOS: byteEOS},
 	}
 }
 
@@ -37,9 +37,9 @@ func byteSettings() loop.Settings {
 func smolSettings() loop.Settings {
 	s := byteSettings()
 	s.LR, s.Temperature, s.Steps, s.Groups = 1e-5, 0.7, 4, 2
-	s.Most, s.MaxPrompt, s.MaxTokens, s.MicroBatch = 4, 1400, 48, 4096
+	s.Most, s.MaxPrompt, s.MaxTokens, s.MicroBatch = 4, 1024, 48, 4096
 	s.EvalIncidents, s.EvalScenarios, s.EvalEvery = 8, 4, 4
-	s.Warm = loop.Warm{Steps: 6, Rows: 8, Ahead: 2, Pool: 32, LR: 1e-4, Skill: 0.25}
+	s.Warm = loop.Warm{Steps: 6, Rows: 4, Ahead: 2, Pool: 32, LR: 1e-4, Skill: 0.35}
 	return s
 }
 
