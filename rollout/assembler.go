@@ -72,6 +72,8 @@ type entry struct {
 	opened time.Time
 	tokens int64
 	bytes  int64
+
+	admitted bool // counted as stale when it was taken
 }
 
 // closed is what stays of a group.
@@ -298,7 +300,7 @@ func (a *Assembler) Take(n int, step int64) (taken []Group, stale []GroupState) 
 			continue
 		}
 		*quota--
-		if a.lag(e, step) {
+		if e.admitted = a.lag(e, step); e.admitted {
 			a.counters.StaleAdmitted++
 		}
 		e.state.Status = Taken
@@ -361,6 +363,10 @@ func (a *Assembler) Requeue(groups []Group) {
 			continue
 		}
 		e.state.Status = Ready
+		if e.admitted {
+			e.admitted = false
+			a.counters.StaleAdmitted--
+		}
 		at, _ := slices.BinarySearchFunc(a.ready, e.order, func(x *entry, order uint64) int { return cmp.Compare(x.order, order) })
 		a.ready = slices.Insert(a.ready, at, e)
 		a.move(e, 1)

@@ -92,7 +92,7 @@ type Counters struct {
 	GroupsIncomplete  int64 // trained by timeout with fewer rows
 	GroupsTrained     int64
 	RolloutsTrained   int64
-	StaleAdmitted     int64 // groups taken although they were too stale
+	StaleAdmitted     int64 // groups taken although they were too stale; goes back with those that are requeued
 	StaleDelayed      int64 // groups that a step was put off for
 	GroupsDropped     map[string]int64
 	RolloutsDropped   map[string]int64

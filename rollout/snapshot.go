@@ -31,6 +31,9 @@ func (a *Assembler) Snapshot() *Snapshot {
 		c.names = slices.Clone(e.names)
 		if c.state.Status == Taken {
 			c.state.Status = Ready
+			if c.admitted {
+				s.counters.StaleAdmitted--
+			}
 		}
 		s.live = append(s.live, c)
 	}

@@ -72,6 +72,12 @@ func (j *Job) captureQueue() *queueState {
 	if j.rec.Step != j.weights {
 		return nil
 	}
+	if c := j.training; c != nil {
+		// Its step has not begun. It is taken again, from all that is in the queue
+		// by then: a start from here would do the same.
+		j.asm.Requeue(c.groups)
+		j.training = nil
+	}
 	q := j.queueState()
 	if crashpoint.Off("queue.committed") {
 		q.release(j)

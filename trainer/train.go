@@ -251,11 +251,21 @@ func (j *Job) step(ctx context.Context) (err error) {
 	j.mu.Lock()
 	c := j.training
 	j.mu.Unlock()
+	if c == nil {
+		return nil // taken back
+	}
 	ctx, end := j.span(ctx, "step", attribute.Int64("trainerd.step", c.first), attribute.Int("trainerd.groups", len(c.ids)))
 	defer end(&err)
 	var rec StepRecord
 	var unrecorded error
+	taken := true
 	err = j.withModel(ctx, laneTrain, func() error {
+		j.mu.Lock()
+		taken = j.training == c
+		j.mu.Unlock()
+		if !taken { // back by a snapshot: they are taken again
+			return nil
+		}
 		var err error
 		if rec, err = j.compute(ctx, c); err != nil {
 			return err
@@ -272,7 +282,7 @@ func (j *Job) step(ctx context.Context) (err error) {
 			return err
 		})
 	}
-	if err != nil {
+	if err != nil || !taken {
 		return err
 	}
 	annotate(ctx, attribute.Int64("trainerd.step", rec.Step))
