@@ -7,6 +7,7 @@
 // It is a client of the HTTP API and never looks inside the server. The
 // battle-field here is Drill, a small deterministic simulation with ten attack
 // kinds and eleven tools; the interface Battlefield is what others implement.
+// Package loop runs the whole of it on secloop/sim and secloop/field.
 //
 // Read alert.go, strategy.go, drill.go, reward.go, then agent.go.
 package secloop

@@ -27,8 +27,8 @@ type loopFlags struct {
 // byteSettings are those that the small byte-level model learns with.
 func byteSettings() loop.Settings {
 	return loop.Settings{
-		Seed: 1, Objective: "sa_grpo", Weights: loop.DefaultWeights(), LR: 2e-4, Temperature: 1, Steps: 80, Groups: 32, Size: 7,
-		Most: 3, MaxPrompt: 128, MaxTokens: 80, MicroBatch: 16384, EvalIncidents: 240, EvalScenarios: 120, EvalEvery: 20,
+		Seed: 1, Objective: "sa_grpo", Weights: loop.DefaultWeights(), LR: 2e-4, Temperature: 1, Steps: 40, Groups: 32, Size: 7,
+		Most: 3, MaxPrompt: 128, MaxTokens: 80, MicroBatch: 16384, EvalIncidents: 240, EvalScenarios: 120, EvalEvery: 10,
 		Warm: loop.Warm{Steps: 300, Rows: 64, Ahead: 20, Pool: 1024, LR: 3e-3, Skill: 0.35, EOS: byteEOS},
 	}
 }
