@@ -114,7 +114,7 @@ func sameJob(t *testing.T, a, b *client.Client, actx, bctx context.Context, id s
 // the last ones were made of, and so does what a start reads.
 func TestAStartReadsWhatIsAfterTheSnapshot(t *testing.T) {
 	const n = 24
-	e, c, ctx, j, log := trainLog(t, n, 1, map[string]any{"snapshot_every_steps": 1, "keep_last": 2})
+	e, c, ctx, j, log := trainLog(t, n, 1, map[string]any{"snapshot_every_steps": 1, "keep_last": 0})
 	for end := time.Now().Add(20 * time.Second); len(segments(t, e, j.ID)) > 2; time.Sleep(5 * time.Millisecond) {
 		if time.Now().After(end) {
 			t.Fatalf("the log keeps %d segments of %d", len(segments(t, e, j.ID)), n)
