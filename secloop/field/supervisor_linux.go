@@ -63,7 +63,10 @@ type Field struct {
 	opts   Options
 	slots  chan struct{}
 	starts chan startRequest
-	wg     sync.WaitGroup // of the starter and running episodes
+	warm   chan *workerProcess // workers that are ready for an episode
+	done   chan struct{}       // closed by Close
+	wg     sync.WaitGroup      // of the starter
+	work   sync.WaitGroup      // of those who start and end workers
 	groups cgroups
 }
 
@@ -84,7 +87,7 @@ func Open(o Options) (*Field, error) {
 	if _, err := os.Stat(redisServer); o.Real && err != nil {
 		return nil, fault.New(fault.Unavailable, "no_redis", "open battle-field with real services: %w", err)
 	}
-	f := &Field{opts: o, slots: make(chan struct{}, o.Parallel), starts: make(chan startRequest), groups: openCgroups()}
+	f := &Field{opts: o, slots: make(chan struct{}, o.Parallel), starts: make(chan startRequest), warm: make(chan *workerProcess), done: make(chan struct{}), groups: openCgroups()}
 	f.wg.Add(1)
 	go f.starter()
 	w, err := f.start()
@@ -97,7 +100,50 @@ func Open(o Options) (*Field, error) {
 		return nil, fault.New(fault.Unavailable, "no_namespaces",
 			"open battle-field: this process may not make namespaces (needs root or CAP_SYS_ADMIN, CAP_NET_ADMIN, veth and nftables); use secloop/sim: %w", err)
 	}
+	for range warmers(o.Parallel) {
+		f.work.Go(f.warmer)
+	}
 	return f, nil
+}
+
+// warmers is how many workers are being made ready, or wait ready, while others play.
+func warmers(parallel int) int { return 1 + parallel/4 }
+
+// warmer makes workers ready ahead of the episodes that will need them. A
+// worker that cannot be started is left to the episode to find out.
+func (f *Field) warmer() {
+	for {
+		w, err := f.start()
+		if err == nil {
+			if err = w.peer.call("ready", nil, nil); err != nil {
+				w.end()
+			}
+		}
+		if err != nil {
+			select {
+			case <-f.done:
+				return
+			case <-time.After(time.Second):
+				continue
+			}
+		}
+		select {
+		case f.warm <- w:
+		case <-f.done:
+			w.end()
+			return
+		}
+	}
+}
+
+// worker returns one that is ready, or starts one.
+func (f *Field) worker() (*workerProcess, error) {
+	select {
+	case w := <-f.warm:
+		return w, nil
+	default:
+		return f.start()
+	}
 }
 
 // Close waits for running episodes and ends the supervisor.
@@ -105,6 +151,8 @@ func (f *Field) Close() error {
 	for range cap(f.slots) {
 		f.slots <- struct{}{}
 	}
+	close(f.done)
+	f.work.Wait()
 	close(f.starts)
 	f.wg.Wait()
 	f.groups.close()
@@ -158,11 +206,11 @@ func (f *Field) on(ctx context.Context, op string, arg, val any) error {
 	case <-ctx.Done():
 		return ctx.Err()
 	}
-	w, err := f.start()
+	w, err := f.worker()
 	if err != nil {
 		return fault.New(fault.Unavailable, "no_worker", "start worker: %w", err)
 	}
-	defer w.end()
+	defer f.work.Go(w.end) // what the kernel takes to clear away is nobody's wait
 	ctx, cancel := context.WithTimeout(ctx, episodeTimeout)
 	defer cancel()
 	defer context.AfterFunc(ctx, w.kill)()

@@ -31,10 +31,16 @@ func worker() error {
 	if err := isolated(); err != nil {
 		return err
 	}
+	ground, err := prepare()
+	if err != nil {
+		return err
+	}
 	return serve(os.Stdin, os.Stdout, func(op string, arg json.RawMessage) (any, error) {
 		switch op {
+		case "ready":
+			return nil, nil
 		case "check":
-			w, err := build(scenario.Episode{Target: scenario.Hosts()[0], Scenario: "port_scan", Stray: netip.MustParseAddr("198.18.0.55"), Sources: [3]netip.Addr{
+			w, err := ground.build(scenario.Episode{Target: scenario.Hosts()[0], Scenario: "port_scan", Stray: netip.MustParseAddr("198.18.0.55"), Sources: [3]netip.Addr{
 				netip.MustParseAddr("198.18.0.10"), netip.MustParseAddr("198.18.0.40"), netip.MustParseAddr("198.18.0.70")}})
 			if err != nil {
 				return nil, err
@@ -46,7 +52,7 @@ func worker() error {
 			if err := json.Unmarshal(arg, &e); err != nil {
 				return nil, err
 			}
-			w, err := build(e.Episode)
+			w, err := ground.build(e.Episode)
 			if err != nil {
 				return nil, err
 			}
@@ -64,7 +70,7 @@ func worker() error {
 			if err := json.Unmarshal(arg, &o); err != nil {
 				return nil, err
 			}
-			w, err := build(o.Episode)
+			w, err := ground.build(o.Episode)
 			if err != nil {
 				return nil, err
 			}
@@ -116,9 +122,15 @@ type workerField struct {
 	users     stand
 }
 
-// build starts blue and red, wires them up and lets them get ready.
-func build(ep scenario.Episode) (*workerField, error) {
-	w := &workerField{ep: ep, listens: map[int]bool{}, users: stand{patience: patience}}
+// ground is what every battle-field has, whatever is played on it: the
+// processes of blue and red, wired up.
+type ground struct {
+	bluePeer, redPeer *peer
+	blue, red, users  *netlink.Handle
+}
+
+// prepare starts blue and red and wires them up; it does not need to know the episode.
+func prepare() (*ground, error) {
 	bluePid, bluePeer, err := team(roleBlue, blueUser, unix.CAP_NET_ADMIN, unix.CAP_NET_RAW)
 	if err != nil {
 		return nil, err
@@ -127,8 +139,17 @@ func build(ep scenario.Episode) (*workerField, error) {
 	if err != nil {
 		return nil, err
 	}
-	w.blue, w.red = bluePeer, redPeer
-	if err := wire(ep, bluePid, redPid); err != nil {
+	g := &ground{bluePeer: bluePeer, redPeer: redPeer}
+	if err := g.wire(bluePid, redPid); err != nil {
+		return nil, fmt.Errorf("wire battle-field: %w", err)
+	}
+	return g, nil
+}
+
+// build gives red the episode's addresses and lets both sides get ready.
+func (g *ground) build(ep scenario.Episode) (*workerField, error) {
+	w := &workerField{ep: ep, blue: g.bluePeer, red: g.redPeer, listens: map[int]bool{}, users: stand{patience: patience}}
+	if err := g.settle(ep); err != nil {
 		return nil, fmt.Errorf("wire battle-field: %w", err)
 	}
 	if err := w.blue.call("start", ep, nil); err != nil {
@@ -170,22 +191,20 @@ func team(role string, uid uint32, capabilities ...uintptr) (pid int, p *peer, e
 
 // wire joins red and the users to blue by one veth pair each. A veth is created
 // straight between the namespaces: nothing of it ever has a name elsewhere.
-func wire(ep scenario.Episode, bluePid, redPid int) error {
+func (g *ground) wire(bluePid, redPid int) error {
 	b, err := handleOf(bluePid)
 	if err != nil {
 		return err
 	}
-	defer b.Close()
 	r, err := handleOf(redPid)
 	if err != nil {
 		return err
 	}
-	defer r.Close()
 	u, err := netlink.NewHandle(unix.NETLINK_ROUTE)
 	if err != nil {
 		return err
 	}
-	defer u.Close()
+	g.blue, g.red, g.users = b, r, u
 	red := netlink.NewLinkAttrs()
 	red.Name, red.Namespace = "red0", netlink.NsPid(redPid)
 	users := netlink.NewLinkAttrs()
@@ -206,10 +225,6 @@ func wire(ep scenario.Episode, bluePid, redPid int) error {
 	for _, a := range scenario.UserAddrs() {
 		userAddrs = append(userAddrs, netip.PrefixFrom(a, 24))
 	}
-	var redAddrs []netip.Prefix
-	for _, a := range append(ep.Sources[:], ep.Stray) {
-		redAddrs = append(redAddrs, netip.PrefixFrom(a, 24))
-	}
 	for _, l := range []struct {
 		h     *netlink.Handle
 		name  string
@@ -217,7 +232,7 @@ func wire(ep scenario.Episode, bluePid, redPid int) error {
 	}{
 		{b, "lo", hostAddrs}, {b, "blue0", []netip.Prefix{netip.PrefixFrom(scenario.RedGate, 24)}},
 		{b, "blue1", []netip.Prefix{netip.PrefixFrom(scenario.UserGate, 24)}},
-		{r, "lo", nil}, {r, "red0", redAddrs}, {u, "lo", nil}, {u, "user0", userAddrs},
+		{r, "lo", nil}, {r, "red0", nil}, {u, "lo", nil}, {u, "user0", userAddrs},
 	} {
 		link, err := l.h.LinkByName(l.name)
 		if err != nil {
@@ -242,13 +257,27 @@ func wire(ep scenario.Episode, bluePid, redPid int) error {
 			return err
 		}
 	}
+	return nil
+}
+
+// settle gives red its addresses and makes the routes.
+func (g *ground) settle(ep scenario.Episode) error {
+	link, err := g.red.LinkByName("red0")
+	if err != nil {
+		return fmt.Errorf("find red0: %w", err)
+	}
+	for _, a := range append(ep.Sources[:], ep.Stray) {
+		if err := g.red.AddrAdd(link, &netlink.Addr{IPNet: ipNet(netip.PrefixFrom(a, 24))}); err != nil {
+			return fmt.Errorf("give %s to red0: %w", a, err)
+		}
+	}
 	for _, route := range []struct {
 		h       *netlink.Handle
 		to      netip.Prefix
 		gateway netip.Addr
 	}{
-		{r, scenario.HostNet, scenario.RedGate}, {u, scenario.HostNet, scenario.UserGate},
-		{b, scenario.SpoofNet, ep.Sources[0]}, // answers to forged sources end at red, which drops them
+		{g.red, scenario.HostNet, scenario.RedGate}, {g.users, scenario.HostNet, scenario.UserGate},
+		{g.blue, scenario.SpoofNet, ep.Sources[0]}, // answers to forged sources end at red, which drops them
 	} {
 		if err := route.h.RouteAdd(&netlink.Route{Dst: ipNet(route.to), Gw: route.gateway.AsSlice()}); err != nil {
 			return fmt.Errorf("route %s: %w", route.to, err)
