@@ -300,6 +300,9 @@ func TestHostileJSON(t *testing.T) {
 				if status != http.StatusBadRequest && status != http.StatusUnprocessableEntity && status != http.StatusRequestEntityTooLarge {
 					t.Errorf("%s to %s: %d %.200s", name, route, status, p.Detail)
 				}
+				if len(p.Errors) > 100 || len(p.Detail) > 20<<10 {
+					t.Errorf("%s to %s: %d errors and a detail of %d bytes", name, route, len(p.Errors), len(p.Detail))
+				}
 				if took := time.Since(began); took > patience {
 					t.Errorf("%s to %s took %v", name, route, took)
 				}

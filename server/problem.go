@@ -7,6 +7,7 @@ import (
 	"math"
 	"net/http"
 	"strconv"
+	"strings"
 
 	"github.com/labstack/echo/v4"
 
@@ -64,6 +65,17 @@ func unsupportedMedia(format string, args ...any) error {
 	return &protocolError{http.StatusUnsupportedMediaType, "unsupported_media_type", fmt.Sprintf(format, args...)}
 }
 
+// What a problem says at most: a small body can be wrong in very many places.
+const maxErrors, maxDetail = 100, 16 << 10
+
+// bounded cuts a detail that is too long.
+func bounded(text string) string {
+	if len(text) <= maxDetail {
+		return text
+	}
+	return strings.ToValidUTF8(text[:maxDetail], "") + "..."
+}
+
 // problemOf turns an error into its document. Internal errors keep their text
 // from the client.
 func problemOf(err error) (p problem, retryAfter int) {
@@ -75,11 +87,11 @@ func problemOf(err error) (p problem, retryAfter int) {
 		p = problem{Status: pe.status, Title: http.StatusText(pe.status), Code: pe.code, Detail: pe.detail}
 	case isFault:
 		row := statusOf[f.Kind]
-		p = problem{Status: row.status, Title: row.title, Code: f.Code, Detail: err.Error()}
+		p = problem{Status: row.status, Title: row.title, Code: f.Code, Detail: bounded(err.Error())}
 		if p.Code == "" {
 			p.Code = f.Kind.String()
 		}
-		for _, field := range f.Fields {
+		for _, field := range f.Fields[:min(len(f.Fields), maxErrors)] {
 			pf := problemField{Name: field.Name, Got: field.Got, Expected: field.Expected}
 			if field.Row >= 0 {
 				pf.Row = &field.Row
