@@ -76,34 +76,7 @@ func (j *Job) Submit(ctx context.Context, body []byte, key string) (r Receipt, e
 	}
 	batch.Received = time.Now().UTC()
 
-	j.intake.Lock()
-	defer j.intake.Unlock()
-	defer crashpoint.Enter(crashpoint.Append)()
-	if r, known, err := j.acceptedBefore(key, digest); known || err != nil {
-		return r, err
-	}
-	meta, err := j.check(ctx, batch, digest)
-	if err != nil {
-		return Receipt{}, err
-	}
-	raw, err := json.Marshal(meta)
-	if err != nil {
-		return Receipt{}, err
-	}
-	seq, err := j.appendBatch(ctx, spool.Record{Kind: recordRollouts, Key: key, Meta: raw, Body: body})
-	if err != nil {
-		return Receipt{}, j.refused(j.m.disk.fault("spool_unavailable", "write the batch to disk", err))
-	}
-	crashpoint.Reach("accept.before_answer")
-	j.mu.Lock()
-	defer j.mu.Unlock()
-	j.mended(codeDiskFull, "spool_unavailable")
-	r, err = j.enter(seq, batch, key, meta)
-	if err != nil { // Check said yes and intake was held: a defect, and the log is ahead of memory
-		return Receipt{}, fault.New(fault.Internal, "assembler", "enter accepted batch %d: %w", seq, err)
-	}
-	j.poke()
-	return r, nil
+	return j.arrive(&arrival{ctx: ctx, batch: batch, body: body, key: key, digest: digest})
 }
 
 // appendBatch writes a batch to the spool.
@@ -169,8 +142,9 @@ func (j *Job) decodeBatch(ctx context.Context, body []byte, s rollout.Schema, l 
 	return arrowio.DecodeBytes(body, s, l)
 }
 
-// check says whether a decoded batch may enter the queue now. Called with intake held.
-func (j *Job) check(ctx context.Context, b *rollout.Batch, digest string) (meta rolloutMeta, err error) {
+// check says whether a decoded batch may enter the queue now, after others that
+// take the room ahead. Called with intake held.
+func (j *Job) check(ctx context.Context, b *rollout.Batch, digest string, ahead load) (meta rolloutMeta, err error) {
 	_, end := j.span(ctx, "accept.check", attribute.Int("trainerd.rows", len(b.Rollouts)))
 	defer end(&err)
 	j.mu.Lock()
@@ -184,7 +158,7 @@ func (j *Job) check(ctx context.Context, b *rollout.Batch, digest string) (meta 
 	if err := j.asm.Check(b); err != nil {
 		return rolloutMeta{}, err
 	}
-	if err := j.room(b, time.Now()); err != nil {
+	if err := j.room(b, time.Now(), ahead); err != nil {
 		return rolloutMeta{}, err
 	}
 	return rolloutMeta{Digest: digest, Received: b.Received, PolicyStep: j.policyStep(), Step: j.rec.Step}, nil

@@ -32,7 +32,8 @@ type Job struct {
 
 	// intake serialises what is written to the spool, so that the spool's order
 	// is the assembler's order.
-	intake sync.Mutex
+	intake   sync.Mutex
+	arrivals arrivals // of batches; has its own lock
 
 	mu        sync.Mutex // guards what follows
 	rec       jobRecord

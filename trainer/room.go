@@ -28,22 +28,22 @@ type bound struct {
 
 // bounds are the limits of the job's queue: the server's, or the job's own where
 // they are less. Called with mu held.
-func (j *Job) bounds(b *rollout.Batch) []bound {
+func (j *Job) bounds(b *rollout.Batch, ahead load) []bound {
 	d, most := j.asm.Depth(), j.spec.Limits.queueLimits(j.m.limits)
 	return []bound{
-		{"limits.max_queued_rollouts", "rollouts", int64(d.Rollouts), int64(len(b.Rollouts)), int64(most.MaxQueuedRollouts)},
-		{"limits.max_queued_tokens", "tokens", d.Tokens, b.Tokens(), most.MaxQueuedTokens},
-		{"limits.max_queued_bytes", "bytes", d.Bytes, b.Bytes(), most.MaxQueuedBytes},
+		{"limits.max_queued_rollouts", "rollouts", int64(d.Rollouts) + ahead.rows, int64(len(b.Rollouts)), int64(most.MaxQueuedRollouts)},
+		{"limits.max_queued_tokens", "tokens", d.Tokens + ahead.tokens, b.Tokens(), most.MaxQueuedTokens},
+		{"limits.max_queued_bytes", "bytes", d.Bytes + ahead.bytes, b.Bytes(), most.MaxQueuedBytes},
 	}
 }
 
-// room refuses a batch that the queue has no room for now, and says when there
-// will be. Called with mu held.
-func (j *Job) room(b *rollout.Batch, now time.Time) error {
+// room refuses a batch that the queue has no room for now, with others on their
+// way into it, and says when there will be. Called with mu held.
+func (j *Job) room(b *rollout.Batch, now time.Time, ahead load) error {
 	var never, full []fault.Field
 	var say []string
 	var depth, most load
-	for i, x := range j.bounds(b) {
+	for i, x := range j.bounds(b, ahead) {
 		*[]*int64{&depth.rows, &depth.tokens, &depth.bytes}[i] = x.have + x.add
 		*[]*int64{&most.rows, &most.tokens, &most.bytes}[i] = x.most
 		switch {

@@ -25,7 +25,7 @@ func s3Flags(url string) []string {
 // wideConfig is a model whose weights are several parts of a multipart upload.
 func wideConfig() model.Config {
 	c := servertest.TinyConfig()
-	c.Vocab, c.Hidden, c.FFN, c.Layers, c.HeadDim = 8192, 1024, 64, 1, 16
+	c.Vocab, c.Hidden, c.FFN, c.Layers, c.HeadDim = 4608, 1024, 64, 1, 16
 	c.InitStd = 0.02
 	return c
 }
@@ -35,7 +35,10 @@ func TestStoreKilledMidUpload(t *testing.T) {
 	m := startMinIO(t, t.TempDir())
 	p := startProxy(t, m.addr, 1)
 	w := newWorld(t, options{store: s3Flags(p.url), keys: rightKeys, model: wideConfig(), pace: 700 * time.Millisecond,
-		document: func(doc map[string]any) { doc["optimizer"] = map[string]any{"lr": 1e-4} }})
+		document: func(doc map[string]any) {
+			doc["optimizer"] = map[string]any{"lr": 1e-4}
+			doc["checkpoint"].(map[string]any)["publish_every_steps"] = every / 2
+		}})
 	w.healthy()
 
 	from := w.mark()
