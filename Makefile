@@ -15,7 +15,7 @@ GOVULNCHECK_VERSION := v1.9.0
 MINIO_VERSION       := latest
 SMOLLM2             := $(CACHE)/smollm2/SmolLM2.gguf
 
-.PHONY: test-field test-field-real bench-field field-leaks build test test-race test-parity test-minio test-interop test-readme lint bench demo demo-control demo-seeds demo-smollm2 demo-secloop secloop-control secloop-smollm2 secloop-sweep crash soak crash-mutations faults goldens tools venv fuzz clean
+.PHONY: test-field test-field-real bench-field field-leaks build test test-race test-parity test-minio test-interop test-readme lint bench demo demo-control demo-seeds demo-smollm2 demo-secloop secloop-control secloop-smollm2 secloop-sweep crash soak crash-mutations faults load goldens tools venv fuzz clean
 .PHONY: attack vuln test-vllm bench-delta
 .PHONY: kernels trainerd-cuda cuda-driver cuda-check cuda-emulated device-bundle
 
@@ -115,6 +115,9 @@ soak: ## the same for RUNS jobs of each kind (5000), from another SEED
 
 crash-mutations: ## one sync or record left out at a time: each must turn the crash suite red
 	CGO_ENABLED=0 $(GO) test -tags crashpoints -count=1 -v -timeout 30m -parallel 3 -run TestMutations ./internal/crashtest
+
+load: build ## 64 producers and 16 checkpoint readers for DURATION (10m); exits 1 on an error, rows that are missing, growing memory or slow accepts
+	bin/trainerd bench load --duration $${DURATION:-10m} $(LOADFLAGS)
 
 faults: $(CACHE)/bin/minio ## breaks MinIO, its network and full disks under a real server, as root; fails where mounting is not allowed
 	TRAINERD_MINIO=$(CACHE)/bin/minio CGO_ENABLED=0 $(GO) test -tags faults -count=1 -v -parallel 5 -timeout 15m ./internal/faulttest
