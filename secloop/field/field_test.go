@@ -4,6 +4,7 @@ package field
 
 import (
 	"context"
+	"flag"
 	"fmt"
 	"math/rand/v2"
 	"net"
@@ -98,6 +99,38 @@ func TestTwins(t *testing.T) {
 			})
 		}
 	}
+}
+
+var twinPairs = flag.Int("pairs", 60, "random incidents and strategies of TestRandomTwins")
+
+// TestRandomTwins is TestTwins for random incidents and strategies: the same
+// feedback from the simulator and, twice, from the namespaces.
+func TestRandomTwins(t *testing.T) {
+	seed := uint64(time.Now().UnixNano())
+	t.Logf("seed %d", seed)
+	r := rand.New(rand.NewPCG(seed, 3))
+	f := open(t, Options{Parallel: 4})
+	var wg sync.WaitGroup
+	for range *twinPairs {
+		a := scenario.RandomAlert(r)
+		s := scenario.RandomStrategy(r, a)
+		wg.Go(func() {
+			want, err := sim.Field{}.Run(context.Background(), a, s)
+			if err != nil {
+				t.Error(err)
+				return
+			}
+			for range 2 {
+				got, err := f.Play(context.Background(), a, s)
+				if err != nil {
+					t.Errorf("%s with %s: %v", a.Key(), s, err)
+				} else if d := cmp.Diff(want, got.Feedback); d != "" {
+					t.Errorf("%s, count %d, with %s: simulator -, namespaces +\n%s\nstages %+v, down %v", a.Key(), a.Count, s, d, got.Stages, got.Down)
+				}
+			}
+		})
+	}
+	wg.Wait()
 }
 
 func has(events []scenario.Event, kind string) bool {
