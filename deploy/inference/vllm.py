@@ -13,6 +13,9 @@ it goes on with an empty cache. When the weights cannot be read the engine stays
 asleep, since it has none to serve; the failure is the program's: `trainerd pull`
 reports it and tries again.
 
+vLLM 0.32 on the CPU keeps the old output layer of a model with tied embeddings
+and says so only in its log; see docs/checkpoints.md.
+
 Standard library only. VLLM_API_KEY is sent as a bearer token.
 """
 

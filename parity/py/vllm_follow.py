@@ -4,7 +4,8 @@ A job on SmolLM2-135M in float32 publishes step 1; `trainerd pull` fetches it an
 vLLM serves it; vLLM's log-probs of the trained rows are compared with POST
 .../logprobs. Then the follower runs with deploy/inference/vllm.py, a second step
 is trained, the server hears that the node serves it, and vLLM, which was not
-started again, is compared with the new policy.
+started again, is compared with the new policy. vLLM 0.32 on the CPU fails that: it keeps
+the output layer of a model with tied embeddings (docs/checkpoints.md).
 """
 
 import os
