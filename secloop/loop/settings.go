@@ -93,9 +93,13 @@ func (s Settings) warmJob(source string) map[string]any {
 
 // loopJob is the document of the job that learns from rewards.
 func (s Settings) loopJob(source string) map[string]any {
+	objective := map[string]any{"name": s.Objective, "group_size": s.Size, "temperature": s.Temperature, "reward_weights": s.Weights}
+	if s.Objective == "dr_grpo" {
+		objective["max_completion_tokens"] = s.MaxTokens
+	}
 	return map[string]any{
 		"version": 1, "name": "secloop", "model": map[string]any{"source": source},
-		"objective":  map[string]any{"name": s.Objective, "group_size": s.Size, "temperature": s.Temperature, "reward_weights": s.Weights},
+		"objective":  objective,
 		"optimizer":  map[string]any{"lr": s.LR, "betas": []float64{0.9, 0.95}, "max_grad_norm": 1.0},
 		"batch":      map[string]any{"groups_per_step": s.Groups, "max_tokens_per_micro_batch": s.MicroBatch, "max_policy_lag": 1},
 		"checkpoint": map[string]any{"publish_every_steps": 1, "keep_last": 2, "keep_every": 0},
