@@ -79,7 +79,7 @@ ended. A job is made and cancelled. A table goes to stderr, one JSON line to std
 	f.DurationVar(&o.Duration, "duration", 10*time.Minute, "how long producers post")
 	f.IntVar(&o.Producers, "producers", 64, "that post at once")
 	f.IntVar(&o.Readers, "readers", 16, "of checkpoints")
-	f.IntVar(&o.Varied, "varied", 1, "groups of a batch, of 32, whose rewards differ; groups of equal rewards cost no forward pass")
+	f.IntVar(&o.Varied, "varied", 4, "groups of a batch, of 32, whose rewards differ; groups of equal rewards cost no forward pass")
 	f.IntVar(&workers, "workers", 1, "CPU workers of the server that is started")
 	f.DurationVar(&limits.P99, "p99", 250*time.Millisecond, "most that the 99th percentile of accept may take; 0: not held")
 	f.Float64Var(&limits.Memory, "memory", 64, "MB by which the fitted memory of the server may grow after the warm-up; 0: not held")

@@ -348,9 +348,12 @@ func TestSilentServiceIsToldSoon(t *testing.T) {
 	s := fakeStalling(t, 50*time.Millisecond, func(n int, w http.ResponseWriter, r *http.Request) { <-silent })
 	defer close(silent)
 	for name, call := range map[string]func() error{
-		"stat":   func() error { _, err := s.Stat(t.Context(), "k"); return err },
-		"get":    func() error { _, _, err := s.Get(t.Context(), "k", 0, -1); return err },
-		"put":    func() error { _, err := s.Put(t.Context(), "k", strings.NewReader("x"), 1, storage.Condition{}); return err },
+		"stat": func() error { _, err := s.Stat(t.Context(), "k"); return err },
+		"get":  func() error { _, _, err := s.Get(t.Context(), "k", 0, -1); return err },
+		"put": func() error {
+			_, err := s.Put(t.Context(), "k", strings.NewReader("x"), 1, storage.Condition{})
+			return err
+		},
 		"delete": func() error { return s.Delete(t.Context(), "k") },
 	} {
 		began := time.Now()
