@@ -53,7 +53,7 @@ func Main() {
 type Options struct {
 	Parallel int            // episodes at a time; 0 means the number of CPUs
 	Real     bool           // data stores are Debian's redis-server instead of ours
-	Pace     time.Duration  // how long a chain takes at least, its stages spread evenly; 0 for as fast as it goes
+	Pace     time.Duration  // how long the chain of a played episode takes at least, its stages spread evenly; 0 for as fast as it goes
 	Fault    scenario.Fault // put into every episode, for tests
 	Canary   []string       // addresses that red and blue try to reach in every episode, for tests: an episode that reaches one fails
 }
@@ -231,7 +231,7 @@ func (f *Field) Observe(ctx context.Context, a secloop.Alert, seed uint64) ([]se
 	if err != nil {
 		return nil, err
 	}
-	ep.Real = f.opts.Real
+	ep.Fault, ep.Real = f.opts.Fault, f.opts.Real
 	var got watched
 	if err := f.on(ctx, "observe", observation{ep, seed, f.opts.Canary}, &got); err != nil {
 		return nil, fmt.Errorf("observe incident: %w", err)

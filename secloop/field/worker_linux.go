@@ -56,12 +56,8 @@ func worker() error {
 			if err != nil {
 				return nil, err
 			}
-			if len(e.Canary) > 0 {
-				for name, p := range map[string]*peer{"blue": w.blue, "red": w.red} {
-					if err := p.call("escape", e.Canary, nil); err != nil {
-						return nil, fmt.Errorf("%s: %w", name, err)
-					}
-				}
+			if err := w.tryEscapes(e.Canary); err != nil {
+				return nil, err
 			}
 			w.pace = e.Pace / time.Duration(len(w.listens))
 			return scenario.Play(context.Background(), e.Episode, e.Strategy, w)
@@ -72,6 +68,9 @@ func worker() error {
 			}
 			w, err := ground.build(o.Episode)
 			if err != nil {
+				return nil, err
+			}
+			if err := w.tryEscapes(o.Canary); err != nil {
 				return nil, err
 			}
 			return w.observe(o.Seed)
@@ -367,6 +366,19 @@ func (w *workerField) Release(context.Context) error {
 		}
 	}
 	return w.blue.call("settle", nil, nil)
+}
+
+// tryEscapes fails when blue or red reaches one of the canaries.
+func (w *workerField) tryEscapes(canaries []string) error {
+	if len(canaries) == 0 {
+		return nil
+	}
+	for name, p := range map[string]*peer{"blue": w.blue, "red": w.red} {
+		if err := p.call("escape", canaries, nil); err != nil {
+			return fmt.Errorf("%s: %w", name, err)
+		}
+	}
+	return nil
 }
 
 // observe plays the chain before the sensor, which listens before red does anything.
