@@ -126,7 +126,9 @@ func TestStaleGroupsAreRejectedOrAdmitted(t *testing.T) {
 			post(t, c, ctx, j.ID, "old", 0, 0, 2)
 			post(t, c, ctx, j.ID, "new", 2, 0, 2)
 			// The old group alone is no step when it is rejected.
-			j = await(t, c, ctx, j.ID, "the new group", func(j client.Job) bool { return j.State == "waiting" && j.Queue.Rollouts == 0 && j.Counts.Rollouts == 8 })
+			j = await(t, c, ctx, j.ID, "the new group", func(j client.Job) bool {
+				return j.State == "waiting" && j.Queue.Rollouts == 0 && j.Counts.Rollouts == 8
+			})
 			if d := cmp.Diff(tc.counts, j.Counts.Stale); d != "" {
 				t.Error(d)
 			}

@@ -173,6 +173,9 @@ func NewManager(o Options) (*Manager, error) {
 	}
 	m.running.Add(1)
 	go m.keepLeases()
+	if s, ok := o.Store.(partStore); ok {
+		m.spawn(false, func() { m.sweepParts(s) })
+	}
 	return m, nil
 }
 

@@ -2,6 +2,7 @@ package trainer
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"math"
 	"os"
@@ -66,6 +67,28 @@ func (j *Job) load(ctx context.Context, base *baseModel, restored bool) (snap *s
 		}
 	}
 	return snap, queue, j.place(ctx, base, snap)
+}
+
+// partStore is a store in which a killed process leaves parts of uploads that no
+// listing shows.
+type partStore interface {
+	Sweep(ctx context.Context, age time.Duration) (int, error)
+}
+
+// sweepParts removes such parts once, when the manager begins.
+func (m *Manager) sweepParts(s partStore) {
+	n := 0
+	err := m.untilClosed(context.Background(), func(ctx context.Context) (err error) {
+		n, err = s.Sweep(ctx, sweepAge)
+		return err
+	})
+	switch {
+	case errors.Is(err, errClosed):
+	case err != nil:
+		m.log.Warn("sweep parts of interrupted uploads", "err", err)
+	case n > 0:
+		m.log.Info("parts of interrupted uploads swept", "uploads", n)
+	}
 }
 
 // begin opens the job for work once its model and its queue are as they were.
