@@ -110,14 +110,21 @@ func (s *Sweep) Do(ctx context.Context) ([]SweepLine, error) {
 	}
 	total := len(plan) + len(done)
 	s.printf("%d runs, %d of them done before\n", total, len(done))
-	began := time.Now()
+	var ran time.Duration      // by runs, without warm starts
+	var warmed []time.Duration // by warm starts that were not there
+	seeds := map[uint64]bool{}
 	for i, it := range plan {
+		at := time.Now()
 		warm, err := s.warm(ctx, it.s.Seed)
+		if !seeds[it.s.Seed] {
+			seeds[it.s.Seed] = true
+			warmed = append(warmed, time.Since(at))
+		}
 		if err != nil {
 			return done, fmt.Errorf("warm start of seed %d: %w", it.s.Seed, err)
 		}
 		dir := filepath.Join(s.Dir, fmt.Sprintf("%s-%d", it.v.Name, it.s.Seed))
-		at := time.Now()
+		at = time.Now()
 		r, err := s.Run(ctx, it.s, "dir:"+warm, dir)
 		var f *fault.Error
 		if ctx.Err() == nil && asFault(err, &f) && f.Code == "other_run" { // left behind by a sweep with other settings
@@ -142,7 +149,9 @@ func (s *Sweep) Do(ctx context.Context) ([]SweepLine, error) {
 			}
 		}
 		done = append(done, line)
-		left := time.Duration(float64(time.Since(began)) / float64(i+1) * float64(len(plan)-i-1))
+		ran += time.Since(at)
+		left := ran / time.Duration(i+1) * time.Duration(len(plan)-i-1)
+		left += slices.Max(warmed) * time.Duration(len(s.Seeds)-len(seeds)) // at most: some may be there
 		over := ""
 		if line.Seconds > runLimit.Seconds() {
 			over = fmt.Sprintf(", over %v", runLimit)
