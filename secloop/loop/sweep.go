@@ -239,6 +239,9 @@ func spreadOf(v []float64) spread {
 }
 
 func (s spread) String() string {
+	if s.n == 1 {
+		return fmt.Sprintf("%.1f", s.mean)
+	}
 	return fmt.Sprintf("%.1f ± %.1f (%.1f to %.1f)", s.mean, s.sd, s.low, s.high)
 }
 
