@@ -87,7 +87,7 @@ type closed struct {
 // batchGroups names the groups of a batch in the order of its rows.
 type batchGroups struct {
 	seq    uint64
-	groups []string
+	groups names
 }
 
 // AddResult says what a batch did.
@@ -177,7 +177,7 @@ func (a *Assembler) Add(seq uint64, b *Batch) (AddResult, error) {
 			res.GroupsOpen++
 		}
 	}
-	a.batches = append(a.batches, batchGroups{seq, groups})
+	a.batches = append(a.batches, batchGroups{seq, makeNames(groups)})
 	a.counters.Batches++
 	a.counters.Rollouts += int64(res.Rows)
 	a.counters.Duplicates += int64(res.Duplicates)
@@ -516,7 +516,7 @@ func (a *Assembler) Batch(seq uint64) (groups []GroupState, ok bool) {
 	if !ok {
 		return nil, false
 	}
-	for _, id := range a.batches[at].groups {
+	for id := range a.batches[at].groups.all {
 		groups = append(groups, a.Group(id))
 	}
 	return groups, true

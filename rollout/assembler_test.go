@@ -126,6 +126,19 @@ func TestCheckRefuses(t *testing.T) {
 	}
 }
 
+// listed are a ledger's records, each of which has to be found by its name.
+func listed[T comparable](l *ledger[T]) []record[T] {
+	var out []record[T]
+	for i := range l.records.n {
+		r := *l.records.at(i)
+		if v, ok := l.get(r.name); !ok || v != r.value {
+			panic(fmt.Sprintf("record %d is found as %v, %v", i, v, ok))
+		}
+		out = append(out, r)
+	}
+	return out
+}
+
 // dump is everything that two assemblers in the same state share.
 func dump(a *Assembler) any {
 	groups := map[string]string{}
@@ -136,7 +149,7 @@ func dump(a *Assembler) any {
 	for _, e := range a.ready {
 		ready = append(ready, e.group.ID)
 	}
-	return []any{groups, ready, a.closed.list, a.reasons, a.seen.list, a.batches, a.last, a.order, a.depth, a.counters}
+	return []any{groups, ready, listed(&a.closed), a.reasons, listed(&a.seen), a.batches, a.last, a.order, a.depth, a.counters}
 }
 
 func TestDuplicatesAreIgnoredForLife(t *testing.T) {
@@ -436,8 +449,8 @@ func TestClosedGroupsDoNotPileUp(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	if len(a.live) != 0 || len(a.opened) > 100 || len(a.closed.list) != 2000 {
-		t.Fatal(len(a.live), len(a.opened), len(a.closed.list))
+	if len(a.live) != 0 || len(a.opened) > 100 || a.closed.records.n != 2000 {
+		t.Fatal(len(a.live), len(a.opened), a.closed.records.n)
 	}
 	if _, err := a.Add(2000, batch(row("b", 1))); err == nil {
 		t.Fatal("a sequence number was used twice")

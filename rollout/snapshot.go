@@ -13,8 +13,8 @@ import (
 // as ready in it: the owner's own log says which steps were done with them.
 type Snapshot struct {
 	live     []entry // open ones by their first rows, then ready ones by order
-	closed   []record[closed]
-	seen     []record[digest]
+	closed   records[closed]
+	seen     records[digest]
 	batches  []batchGroups
 	reasons  []string
 	last     uint64
@@ -25,7 +25,7 @@ type Snapshot struct {
 // Snapshot copies the state in time that grows with the live groups only. What
 // it returns may be encoded while the assembler goes on.
 func (a *Assembler) Snapshot() *Snapshot {
-	s := &Snapshot{closed: a.closed.list, seen: a.seen.list, batches: a.batches, reasons: a.reasons, last: a.last, order: a.order, counters: a.Counters()}
+	s := &Snapshot{closed: a.closed.records, seen: a.seen.records, batches: a.batches, reasons: a.reasons, last: a.last, order: a.order, counters: a.Counters()}
 	for _, e := range a.inOrder() {
 		c := *e
 		c.names = slices.Clone(e.names)
@@ -72,24 +72,29 @@ func (s *Snapshot) Put(e *checked.Writer) {
 		}
 	}
 	texts(e, s.reasons)
-	e.Len(len(s.closed))
-	for i := range s.closed {
-		c := &s.closed[i]
+	e.Len(s.closed.n)
+	for i := range s.closed.n {
+		c := s.closed.at(i)
 		e.Raw(c.name[:])
 		e.Int64(c.value.step)
 		e.Uint32(uint32(c.value.rows))
 		e.Uint32(uint32(c.value.reason))
 		e.Uint8(uint8(c.value.status))
 	}
-	e.Len(len(s.seen))
-	for i := range s.seen {
-		e.Raw(s.seen[i].name[:])
-		e.Raw(s.seen[i].value[:])
+	e.Len(s.seen.n)
+	for i := range s.seen.n {
+		r := s.seen.at(i)
+		e.Raw(r.name[:])
+		e.Raw(r.value[:])
 	}
 	e.Len(len(s.batches))
 	for i := range s.batches {
 		e.Uint64(s.batches[i].seq)
-		texts(e, s.batches[i].groups)
+		g := s.batches[i].groups
+		e.Len(g.len())
+		for id := range g.all {
+			e.String(id)
+		}
 	}
 	e.Len(len(s.live))
 	for i := range s.live {
@@ -171,7 +176,8 @@ func TakeSnapshot(d *checked.Reader) *Snapshot {
 		}
 	}
 	s.reasons = readTexts(d)
-	s.closed = checked.List(d, d.Len(), func() (c record[closed]) {
+	checked.Each(d, d.Len(), func() {
+		var c record[closed]
 		d.Raw(c.name[:])
 		c.value.step = d.Int64()
 		c.value.rows = int32(d.Uint32())
@@ -181,14 +187,15 @@ func TakeSnapshot(d *checked.Reader) *Snapshot {
 			d.Fail("a closed group of status %d, reason %d, %d rows", c.value.status, reason, c.value.rows)
 		}
 		c.value.reason = uint16(reason)
-		return c
+		s.closed.add(c)
 	})
-	s.seen = checked.List(d, d.Len(), func() (r record[digest]) {
+	checked.Each(d, d.Len(), func() {
+		var r record[digest]
 		d.Raw(r.name[:])
 		d.Raw(r.value[:])
-		return r
+		s.seen.add(r)
 	})
-	s.batches = checked.List(d, d.Len(), func() batchGroups { return batchGroups{seq: d.Uint64(), groups: readTexts(d)} })
+	s.batches = checked.List(d, d.Len(), func() batchGroups { return batchGroups{seq: d.Uint64(), groups: makeNames(readTexts(d))} })
 	s.live = checked.List(d, d.Len(), func() entry { return decodeEntry(d) })
 	return s
 }
@@ -253,15 +260,13 @@ func RestoreAssembler(o AssemblerOptions, s *Snapshot) (*Assembler, error) {
 			return bad("batch %d at place %d of %d", seq, i, len(s.batches))
 		}
 	}
-	a.closed.reserve(len(s.closed))
-	a.seen.reserve(len(s.seen))
-	for _, c := range s.closed {
-		if !a.closed.add(c.name, c.value) {
+	for i := range s.closed.n {
+		if c := s.closed.at(i); !a.closed.add(c.name, c.value) {
 			return bad("a closed group is named twice")
 		}
 	}
-	for _, r := range s.seen {
-		if !a.seen.add(r.name, r.value) {
+	for i := range s.seen.n {
+		if r := s.seen.at(i); !a.seen.add(r.name, r.value) {
 			return bad("a rollout id is named twice")
 		}
 	}

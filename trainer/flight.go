@@ -2,6 +2,7 @@ package trainer
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"time"
@@ -46,31 +47,34 @@ func (f *flight) wait(ctx context.Context) (storage.Manifest, error) {
 	}
 }
 
-// board takes the job's place for a publication, waiting for the flight that has
-// it. One that cannot reach the store is waited for by the job's goroutine only.
+// errOvertaken says that another publication landed while one waited for its
+// place: whether there is anything left to publish has to be asked again.
+var errOvertaken = errors.New("another publication has landed")
+
+// board takes the job's place for a publication. Where a flight has it, that one
+// is waited for (one that cannot reach the store by the job's goroutine only) and errOvertaken returned.
 func (j *Job) board(ctx context.Context, retry, own bool) (*flight, error) {
-	for {
-		j.mu.Lock()
-		other := j.flight
-		if other == nil {
-			f := &flight{retry: retry, step: -1, failed: make(chan struct{}), landed: make(chan struct{})}
-			f.ctx, f.cancel = context.WithCancel(context.WithoutCancel(ctx))
-			j.flight = f
-			j.mu.Unlock()
-			return f, nil
-		}
+	j.mu.Lock()
+	other := j.flight
+	if other == nil {
+		f := &flight{retry: retry, step: -1, failed: make(chan struct{}), landed: make(chan struct{})}
+		f.ctx, f.cancel = context.WithCancel(context.WithoutCancel(ctx))
+		j.flight = f
 		j.mu.Unlock()
-		failed := other.failed
-		if own {
-			failed = nil
-		}
-		select {
-		case <-other.landed:
-		case <-failed:
-			return nil, other.cause
-		case <-ctx.Done():
-			return nil, ctx.Err()
-		}
+		return f, nil
+	}
+	j.mu.Unlock()
+	failed := other.failed
+	if own {
+		failed = nil
+	}
+	select {
+	case <-other.landed:
+		return nil, errOvertaken
+	case <-failed:
+		return nil, other.cause
+	case <-ctx.Done():
+		return nil, ctx.Err()
 	}
 }
 
@@ -94,10 +98,15 @@ func (j *Job) land(f *flight, man storage.Manifest, err error) {
 // goroutine that the manager waits for. When the capture has no room in host
 // memory the checkpoint is written here and now, while the device stands still.
 // own says that the job's goroutine asks; others are told of a store in trouble instead of waiting.
+// Its error is errOvertaken when it had to wait for another publication.
 func (j *Job) launch(ctx context.Context, snapshot func() bool, retry, own bool) (f *flight, err error) {
 	ctx, end := j.span(ctx, "publish")
 	if f, err = j.board(ctx, retry, own); err != nil {
-		end(&err)
+		said := err
+		if errors.Is(err, errOvertaken) {
+			said = nil
+		}
+		end(&said)
 		return nil, err
 	}
 	f.end = end

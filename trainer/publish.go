@@ -25,6 +25,9 @@ const (
 // with a snapshot when one is due and the optimizer is between consumptions.
 func (j *Job) publishDue(ctx context.Context) error {
 	_, err := j.launch(ctx, j.snapshotDue, true, true)
+	if errors.Is(err, errOvertaken) {
+		return nil // the caller looks whether one is due still
+	}
 	return err
 }
 
@@ -72,18 +75,21 @@ func (j *Job) snapshotDue() bool {
 // preserve writes a snapshot at a graceful end, so that the next start has
 // nothing to replay. Steps in the middle of a consumption are replayed instead.
 func (j *Job) preserve(ctx context.Context) error {
-	if err := j.awaitFlight(ctx); err != nil {
-		return err
-	}
-	j.mu.Lock()
-	due := !j.state.Final() && j.training == nil && j.rec.Step > j.snapshot
-	j.mu.Unlock()
-	if !due {
-		return nil
-	}
-	f, err := j.launch(ctx, func() bool { return true }, false, true)
-	if err == nil {
-		_, err = f.wait(ctx)
+	err := errOvertaken
+	for errors.Is(err, errOvertaken) {
+		if err := j.awaitFlight(ctx); err != nil {
+			return err
+		}
+		j.mu.Lock()
+		due := !j.state.Final() && j.training == nil && j.rec.Step > j.snapshot
+		j.mu.Unlock()
+		if !due {
+			return nil
+		}
+		var f *flight
+		if f, err = j.launch(ctx, func() bool { return true }, false, true); err == nil {
+			_, err = f.wait(ctx)
+		}
 	}
 	if err != nil && ctx.Err() == nil {
 		j.m.log.Error("write the snapshot of a stop", "job", j.ID, "err", err)
@@ -96,35 +102,24 @@ func (j *Job) preserve(ctx context.Context) error {
 // asked. When the newest checkpoint is that already, it is returned and created
 // is false. It goes on when ctx ends before it is done.
 func (j *Job) Publish(ctx context.Context, snapshot bool) (man storage.Manifest, created bool, err error) {
-	for {
+	err = errOvertaken
+	for errors.Is(err, errOvertaken) {
 		j.mu.Lock()
-		other := j.flight
 		switch {
 		case j.state == Loading, j.state.Final() && !j.loaded.Load():
 			err = j.wrongState("publish a checkpoint")
+			j.mu.Unlock()
+			return man, false, err
 		case j.latest != nil && j.latest.Step == j.rec.Step && (j.latest.Snapshot || !snapshot):
 			man = *j.latest
 			j.mu.Unlock()
 			return man, false, nil
 		}
 		j.mu.Unlock()
-		if err != nil {
-			return man, false, err
+		var f *flight
+		if f, err = j.launch(ctx, func() bool { return snapshot }, false, false); err == nil {
+			man, err = f.wait(ctx)
 		}
-		if other == nil {
-			break
-		}
-		select {
-		case <-other.landed: // it may have been of this step
-		case <-other.failed:
-			return man, false, other.cause
-		case <-ctx.Done():
-			return man, false, ctx.Err()
-		}
-	}
-	f, err := j.launch(ctx, func() bool { return snapshot }, false, false)
-	if err == nil {
-		man, err = f.wait(ctx)
 	}
 	if err == nil && snapshot && !man.Snapshot {
 		err = &fault.Error{Kind: fault.Unavailable, Code: "step_under_way", RetryAfter: time.Second,

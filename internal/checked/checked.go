@@ -243,6 +243,15 @@ func (d *Reader) String() string {
 	return string(out)
 }
 
+// Each calls read n times, until a read fails.
+func Each(d *Reader, n int, read func()) {
+	for range n {
+		if read(); d.err != nil {
+			return
+		}
+	}
+}
+
 // List calls read once for each of n elements until one fails, and collects them.
 func List[T any](d *Reader, n int, read func() T) []T {
 	if n == 0 {

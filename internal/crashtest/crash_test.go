@@ -41,7 +41,7 @@ var (
 		"spool.frame_synced": {3, first, false}, "accept.before_answer": {3, all, false},
 		"step.before_record": {3, first, false}, "step.recorded": {3, first, false}, "step.publishing": {1, []int{f32, bf16}, false},
 		"replay.record": {1, []int{lagging}, true}, "replay.step": {2, []int{lagging}, true},
-		"store.copied": {6, all, false}, "store.before_rename": {6, all, false}, "store.renamed": {6, all, false},
+		"store.dir_made": {5, all, false}, "store.copied": {6, all, false}, "store.before_rename": {6, all, false}, "store.renamed": {6, all, false},
 		"checkpoint.captured": {3, first, false}, "checkpoint.weights_written": {3, all, false}, "checkpoint.queue_written": {2, snapshots, false},
 		"checkpoint.before_manifest": {3, first, false}, "checkpoint.before_latest": {3, all, false},
 		"retain.before_manifest": {1, []int{f32, lagging}, false}, "retain.before_files": {1, []int{f32, lagging}, false},
@@ -82,6 +82,25 @@ func TestKills(t *testing.T) { storm(t, false) }
 
 // TestPowerCuts kills the process and drops what it had not synced, for most deaths.
 func TestPowerCuts(t *testing.T) { storm(t, true) }
+
+// TestPowerCutsAfterUnsyncedNames kills the process at each directory that the
+// first checkpoint makes, before its name is synced, and cuts the power in the
+// life after: what that one put into the directory stays.
+func TestPowerCutsAfterUnsyncedNames(t *testing.T) {
+	modelDir, refs := references(t)
+	total := &tally{points: map[string]int{}}
+	for n := range points["store.dir_made"].passages {
+		rng := rand.New(rand.NewPCG(*seed, uint64(n)))
+		strikes := []strike{
+			{at: "store.dir_made", n: n + 1, after: 20 * time.Second},
+			{at: "retain.before_manifest", n: 1, after: 20 * time.Second, power: true},
+		}
+		r := run{variant: variants[lagging], modelDir: modelDir, ref: refs[lagging], strikes: strikes, rng: rng}
+		if _, err := r.do(total, t.TempDir()); err != nil {
+			t.Errorf("directory %d: %v", n+1, err)
+		}
+	}
+}
 
 // storm runs jobs, three at a time.
 func storm(t *testing.T, power bool) {

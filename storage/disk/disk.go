@@ -66,19 +66,20 @@ func Open(dir string) (*Store, error) {
 // Close releases the directory. Readers that are open stay usable.
 func (s *Store) Close() error { return s.root.Close() }
 
-// Settle makes durable what keys under a prefix are there: a process that was
-// killed may have left some that a power cut could still take back.
+// Settle makes durable what keys under a prefix are there, and the directories on
+// the way to it: a process that was killed may have left some that a power cut
+// could still take back, with everything that is put into them later.
 func (s *Store) Settle(prefix string) error {
 	dir := strings.TrimSuffix(prefix, "/")
 	if err := storage.CheckKey(dir); err != nil {
 		return err
 	}
-	if _, err := s.root.Stat(dir); missing(err) {
-		return nil
-	}
-	for at := dir; at != "."; at = path.Dir(at) {
-		if err := s.syncDir("store.settled", path.Dir(at)); err != nil {
+	for at := path.Dir(dir); ; at = path.Dir(at) {
+		if err := s.syncDir("store.settled", at); err != nil && !missing(err) {
 			return s.fault("settle", prefix, err)
+		}
+		if at == "." {
+			break
 		}
 	}
 	if err := durable.SyncTree("store.settled", filepath.Join(s.dir, filepath.FromSlash(dir))); err != nil {
@@ -236,6 +237,7 @@ func (s *Store) makeDirs(dir string) error {
 	case err != nil:
 		return clash(dir, err)
 	}
+	crashpoint.Reach("store.dir_made")
 	return s.syncDir("store.dir_name", path.Dir(dir))
 }
 
