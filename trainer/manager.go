@@ -168,6 +168,9 @@ func NewManager(o Options) (*Manager, error) {
 	for _, rec := range found {
 		m.jobs[rec.ID] = m.newJob(rec)
 	}
+	if err := m.sweepUnrecorded(); err != nil {
+		m.log.Warn("sweep the data directory", "err", err)
+	}
 	for _, j := range m.jobs {
 		m.start(j, nil, true)
 	}
