@@ -93,6 +93,9 @@ func TestTwins(t *testing.T) {
 				if w, g := has(want.Events, scenario.Refused), has(got.Events, scenario.Refused); w != g {
 					t.Errorf("rules turned somebody away: simulator %v, namespaces %v", w, g)
 				}
+				if d := cmp.Diff(blockedBy(want.Events), blockedBy(got.Events)); d != "" {
+					t.Errorf("who was turned away: simulator -, namespaces +\n%s", d)
+				}
 				if d := cmp.Diff(want.Down, got.Down); d != "" {
 					t.Errorf("hosts down: simulator -, namespaces +\n%s", d)
 				}
@@ -115,7 +118,7 @@ func TestRandomTwins(t *testing.T) {
 		a := scenario.RandomAlert(r)
 		s := scenario.RandomStrategy(r, a)
 		wg.Go(func() {
-			want, err := sim.Field{}.Run(context.Background(), a, s)
+			want, err := sim.Field{}.Play(context.Background(), a, s)
 			if err != nil {
 				t.Error(err)
 				return
@@ -124,7 +127,7 @@ func TestRandomTwins(t *testing.T) {
 				got, err := f.Play(context.Background(), a, s)
 				if err != nil {
 					t.Errorf("%s with %s: %v", a.Key(), s, err)
-				} else if d := cmp.Diff(want, got.Feedback); d != "" {
+				} else if d := cmp.Diff(want.Feedback, got.Feedback) + cmp.Diff(blockedBy(want.Events), blockedBy(got.Events)); d != "" {
 					t.Errorf("%s, count %d, with %s: simulator -, namespaces +\n%s\nstages %+v, down %v", a.Key(), a.Count, s, d, got.Stages, got.Down)
 				}
 			}
@@ -135,6 +138,51 @@ func TestRandomTwins(t *testing.T) {
 
 func has(events []scenario.Event, kind string) bool {
 	return slices.ContainsFunc(events, func(e scenario.Event) bool { return e.Kind == kind })
+}
+
+// TestRefusedPacketsAreLogged reads from blue's log who was turned away: an
+// attacker by address, users and a flood by network; a kernel that cannot log has its counters.
+func TestRefusedPacketsAreLogged(t *testing.T) {
+	guess, _ := scenario.ByName("ssh_guess")
+	flood, _ := scenario.ByName("syn_flood")
+	host := flood.Targets[0]
+	h, _ := scenario.HostByName(host)
+	port := fmt.Sprint(h.Port)
+	for _, c := range []struct {
+		name     string
+		fault    scenario.Fault
+		alert    secloop.Alert
+		strategy secloop.Strategy
+		want     []string
+	}{
+		{"attacker", "", alertFor(guess, 0), call("block_ip", "ip", "198.18.0.37"), []string{"198.18.0.37 and jump1: block_ip, port 22"}},
+		{"flood and users", "", alertFor(flood, 0), call("close_port", "host", host, "port", port),
+			[]string{"198.18.1.0/24 and " + host + ": close_port, port " + port, "198.18.4.0/24 and " + host + ": close_port, port " + port}},
+		{"no log", scenario.NoPacketLog, alertFor(guess, 0), call("block_ip", "ip", "198.18.0.37"), nil},
+	} {
+		out, err := open(t, Options{Parallel: 1, Fault: c.fault}).Play(context.Background(), c.alert, c.strategy)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if d := cmp.Diff(c.want, blockedBy(out.Events)); d != "" {
+			t.Errorf("%s: expected -, got +\n%s", c.name, d)
+		}
+		if !has(out.Events, scenario.Refused) {
+			t.Errorf("%s: the rule's counter is 0", c.name)
+		}
+	}
+}
+
+// blockedBy lists who was turned away from where by which rule.
+func blockedBy(events []scenario.Event) []string {
+	var out []string
+	for _, e := range events {
+		if e.Kind == scenario.Blocked {
+			out = append(out, fmt.Sprintf("%s and %s: %s", e.Source, e.Host, e.Detail))
+		}
+	}
+	slices.Sort(out)
+	return out
 }
 
 // TestNobodyReachesTheHost puts listeners on every address and on sockets of
@@ -244,6 +292,7 @@ func TestFaultsAreScoredOrReported(t *testing.T) {
 		{"", secloop.Feedback{Executed: 1, Attacked: 1, Service: true}, false},
 		{scenario.ToolHangs, secloop.Feedback{Executed: 0, Attacked: 1, Service: true, Errors: []string{"call 0: block_ip: hangs, given up after 5s"}}, false},
 		{scenario.ServiceCrashes, secloop.Feedback{Executed: 1, Attacked: 0, Service: false}, false},
+		{scenario.NoPacketLog, secloop.Feedback{Executed: 1, Attacked: 1, Service: true}, false},
 		{scenario.PluginCrashes, secloop.Feedback{Executed: 1, Attacked: 0, Service: true}, false},
 		{scenario.RedDies, secloop.Feedback{Executed: 1, Attacked: 0, Service: true}, false},
 		{scenario.BlueDies, secloop.Feedback{}, true},

@@ -19,16 +19,18 @@ type filter struct {
 	conn    *nftables.Conn
 	table   *nftables.Table
 	in, out *nftables.Chain
-	count   [2]int // rules of in and out
+	count   [2]int                     // rules of in and out
+	refuse  map[string]*nftables.Chain // by tool: where its rules send what they refuse
+	logs    bool                       // whether refused packets are logged
 	sets    int
 }
 
-func newFilter() (*filter, error) {
+func newFilter(logs bool) (*filter, error) {
 	conn, err := nftables.New(nftables.AsLasting())
 	if err != nil {
 		return nil, fmt.Errorf("open nftables: %w", err)
 	}
-	f := &filter{conn: conn}
+	f := &filter{conn: conn, refuse: map[string]*nftables.Chain{}, logs: logs}
 	f.table = conn.AddTable(&nftables.Table{Family: nftables.TableFamilyIPv4, Name: "secloop"})
 	accept := nftables.ChainPolicyAccept
 	f.in = conn.AddChain(&nftables.Chain{Name: "in", Table: f.table, Type: nftables.ChainTypeFilter,
@@ -59,8 +61,27 @@ const (
 	offsetFlags       = 13
 )
 
-// add appends a rule and reads the chain back.
-func (f *filter) add(r scenario.Rule) error {
+// refusal is the chain of a tool: it logs, with the tool as prefix and no more
+// than the reader can take, then answers with a reset.
+func (f *filter) refusal(tool string) *nftables.Chain {
+	if f.refuse[tool] != nil {
+		return f.refuse[tool]
+	}
+	c := f.conn.AddChain(&nftables.Chain{Name: "refuse_" + tool, Table: f.table})
+	if f.logs {
+		f.conn.AddRule(&nftables.Rule{Table: f.table, Chain: c, Exprs: []expr.Any{
+			&expr.Limit{Type: expr.LimitTypePkts, Rate: logRate, Unit: expr.LimitTimeSecond, Burst: logBurst},
+			&expr.Log{Key: 1<<unix.NFTA_LOG_GROUP | 1<<unix.NFTA_LOG_PREFIX | 1<<unix.NFTA_LOG_SNAPLEN | 1<<unix.NFTA_LOG_QTHRESHOLD,
+				Group: logGroup, Snaplen: logCopy, QThreshold: 1, Data: []byte(tool)},
+		}})
+	}
+	f.conn.AddRule(&nftables.Rule{Table: f.table, Chain: c, Exprs: []expr.Any{&expr.Reject{Type: unix.NFT_REJECT_TCP_RST}}})
+	f.refuse[tool] = c
+	return c
+}
+
+// add appends a tool's rule and reads the chain back.
+func (f *filter) add(r scenario.Rule, tool string) error {
 	chain, which := f.in, 0
 	if r.Out {
 		chain, which = f.out, 1
@@ -100,7 +121,7 @@ func (f *filter) add(r scenario.Rule) error {
 			&expr.Dynset{SrcRegKey: 1, SetName: set.Name, SetID: set.ID, Operation: unix.NFT_DYNSET_OP_ADD,
 				Exprs: []expr.Any{&expr.Connlimit{Count: uint32(r.PerSource), Flags: expr.NFT_CONNLIMIT_F_INV}}})
 	}
-	x = append(x, &expr.Counter{}, &expr.Reject{Type: unix.NFT_REJECT_TCP_RST})
+	x = append(x, &expr.Counter{}, &expr.Verdict{Kind: expr.VerdictGoto, Chain: f.refusal(tool).Name})
 	f.conn.AddRule(&nftables.Rule{Table: f.table, Chain: chain, Exprs: x})
 	if err := f.conn.Flush(); err != nil {
 		return fmt.Errorf("add rule: %w", err)

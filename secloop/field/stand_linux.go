@@ -97,7 +97,7 @@ func (s stand) Flood(ctx context.Context, dst netip.AddrPort, n int) (int, func(
 	}, nil
 }
 
-const flagSYN, flagRST = 0x02, 0x04
+const flagSYN, flagRST, flagACK = 0x02, 0x04, 0x10
 
 // forgedPacket is an IPv4 header of 20 bytes and a TCP header of 20 bytes.
 func forgedPacket(src, dst netip.AddrPort, seq uint32, flags byte) []byte {

@@ -26,6 +26,7 @@ func blueRole() error {
 	var ep scenario.Episode
 	var filter *filter
 	var watch *capture
+	var blocked *refusals
 	return serve(os.Stdin, os.Stdout, func(op string, arg json.RawMessage) (any, error) {
 		switch op {
 		case "start":
@@ -39,7 +40,11 @@ func blueRole() error {
 			}
 			setSysctl(scenario.Sysctl{Key: "net.ipv6.conf.all.disable_ipv6", Value: "1"}) // a kernel without IPv6 has no such key
 			var err error
-			if filter, err = newFilter(); err != nil {
+			// A kernel without nfnetlink_log has counters only.
+			if ep.Fault != scenario.NoPacketLog {
+				blocked, _ = newRefusals()
+			}
+			if filter, err = newFilter(blocked != nil); err != nil {
 				return nil, err
 			}
 			var programs map[string]blue.Program
@@ -108,7 +113,11 @@ func blueRole() error {
 			if refused > 0 {
 				all = append(all, scenario.Event{Kind: scenario.Refused, Detail: strconv.FormatUint(refused, 10)})
 			}
-			return all, nil
+			if blocked == nil {
+				return all, nil
+			}
+			who, err := blocked.events()
+			return append(all, who...), err
 		}
 		return nil, fmt.Errorf("unknown request %q", op)
 	})
@@ -133,7 +142,7 @@ func apply(a scenario.Action, b *blue.Blue, f *filter) error {
 	for _, e := range a.Effects {
 		switch {
 		case e.Rule != nil:
-			if err := f.add(*e.Rule); err != nil {
+			if err := f.add(*e.Rule, a.Tool); err != nil {
 				return fmt.Errorf("%s: %w", a.Tool, err)
 			}
 		case e.Sysctl != nil:

@@ -183,6 +183,7 @@ const (
 	ServiceCrashes Fault = "service_crashes" // the target's service panics at red's first connection
 	PluginCrashes  Fault = "plugin_crashes"  // red's plug-in panics
 	RedDies        Fault = "red_dies"        // red's process ends in the first stage
+	NoPacketLog    Fault = "no_packet_log"   // the kernel cannot log packets to a group
 	BlueDies       Fault = "blue_dies"       // blue's process ends at the first call of a strategy
 )
 

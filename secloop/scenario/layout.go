@@ -120,6 +120,9 @@ const SynOverflow = "syn_overflow"
 // Refused is the kind of the event that counts packets which rules turned away.
 const Refused = "refused"
 
+// Blocked is the kind of the events that say who was turned away by which rule.
+const Blocked = "blocked"
+
 // Forged is the i-th forged source of a flood.
 func Forged(i int) netip.Addr { return netip.AddrFrom4([4]byte{198, 18, 4, byte(1 + i%250)}) }
 

@@ -1,12 +1,14 @@
 package scenario
 
 import (
+	"cmp"
 	"context"
 	"fmt"
 	"time"
 
 	"trainerd/internal/fault"
 	"trainerd/secloop"
+	"trainerd/secloop/sensor"
 )
 
 // UserConnections is how many connections legitimate clients open to each host
@@ -40,6 +42,16 @@ type Event struct {
 	Source string        `json:"source"`
 	Host   string        `json:"host"`
 	Detail string        `json:"detail"` // cut to 200 bytes
+}
+
+// BlockedEvents turns a sensor's alerts about refused packets into lines of a log.
+func BlockedEvents(alerts []sensor.Alert) []Event {
+	var out []Event
+	for _, a := range alerts {
+		out = append(out, Event{At: a.At, Kind: Blocked, Source: a.Source, Host: cmp.Or(a.Host, a.Target),
+			Detail: fmt.Sprintf("%s, port %d", a.Category, max(a.SourcePort, a.TargetPort))})
+	}
+	return out
 }
 
 // Outcome is one played episode.

@@ -26,15 +26,16 @@ type Network struct {
 type Engine struct {
 	net Network
 
-	mu     sync.Mutex
-	now    time.Duration
-	flows  map[flowKey]*flow
-	tries  map[pair]*tries
-	halves map[pair]int    // connections begun and not completed, by source network
-	made   map[pair]int    // connections completed
-	counts map[counted]int // matches of signatures that count
-	alerts []Alert
-	lost   int // flows or alerts beyond the bounds
+	mu      sync.Mutex
+	now     time.Duration
+	flows   map[flowKey]*flow
+	tries   map[pair]*tries
+	halves  map[pair]int                             // connections begun and not completed, by source network
+	made    map[pair]int                             // connections completed
+	counts  map[counted]int                          // matches of signatures that count
+	refused map[refusal]map[netip.Addr]time.Duration // when each source was refused first
+	alerts  []Alert
+	lost    int // flows or alerts beyond the bounds
 }
 
 type flowKey struct{ client, server netip.AddrPort }
@@ -62,7 +63,7 @@ type flow struct {
 
 // NewEngine returns an engine that has seen nothing.
 func NewEngine(n Network) *Engine {
-	return &Engine{net: n, flows: map[flowKey]*flow{}, tries: map[pair]*tries{}, halves: map[pair]int{}, made: map[pair]int{}, counts: map[counted]int{}}
+	return &Engine{net: n, flows: map[flowKey]*flow{}, tries: map[pair]*tries{}, halves: map[pair]int{}, made: map[pair]int{}, counts: map[counted]int{}, refused: map[refusal]map[netip.Addr]time.Duration{}}
 }
 
 // At sets the time of what comes next.
@@ -172,7 +173,7 @@ func (e *Engine) End(from, to netip.AddrPort, both bool) {
 func (e *Engine) Alerts() (alerts []Alert, lost int) {
 	e.mu.Lock()
 	defer e.mu.Unlock()
-	out := append([]Alert(nil), e.alerts...)
+	out := append(e.refusals(), e.alerts...)
 	Sort(out)
 	return out, e.lost
 }

@@ -50,6 +50,7 @@ var (
 	manyOpen       = Signature{ID: 1003, Name: "Many connections from one source", Category: denial, Severity: 2, every: 12}
 	failedLogins   = Signature{ID: 1004, Name: "Repeated failed logins", Category: access, Severity: 2, ports: []uint16{22, 445}, by: server, pattern: regexp.MustCompile(`(?m)^denied`), every: 3}
 	largeOutbound  = Signature{ID: 1005, Name: "Large outbound transfer", Category: trojan, Severity: 1, egress: true}
+	refusedByRule  = Signature{ID: 1007, Name: "Packet refused by rule", Category: policy, Severity: 3} // its alerts have the rule's tool as category
 	outboundServer = Signature{ID: 1006, Name: "Server opened an outbound connection", Category: policy, Severity: 2, egress: true}
 )
 
@@ -91,7 +92,7 @@ var patterns = []Signature{
 
 // Signatures lists the table.
 func Signatures() []Signature {
-	return append([]Signature{portScan, synFlood, manyOpen, failedLogins, largeOutbound, outboundServer}, patterns...)
+	return append([]Signature{portScan, synFlood, manyOpen, failedLogins, largeOutbound, outboundServer, refusedByRule}, patterns...)
 }
 
 // began looks at a connection's first packet.

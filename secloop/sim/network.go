@@ -17,14 +17,16 @@ type network struct {
 	mu        sync.Mutex
 	listeners map[netip.AddrPort]*listener
 	rules     []scenario.Rule
-	used      []int // new connections that rule i has let through
-	refused   int   // connections that rules have turned away
+	tools     []string // that made rule i
+	used      []int    // new connections that rule i has let through
+	refused   int      // connections that rules have turned away
 	sysctls   map[string]string
 	halfOpen  map[netip.AddrPort]int
 	dropped   map[netip.AddrPort]int            // SYNs that found the queue full
 	open      map[netip.Addr]map[netip.Addr]int // open connections by destination and source
 	ports     map[endpoints]uint16              // next client port
 	tap       *sensor.Engine                    // nil without a sensor
+	log       *sensor.Engine                    // of refused connections
 }
 
 type endpoints struct {
@@ -34,6 +36,7 @@ type endpoints struct {
 
 func newNetwork() *network {
 	return &network{
+		log:       sensor.NewEngine(scenario.Network),
 		listeners: map[netip.AddrPort]*listener{}, sysctls: map[string]string{"net.ipv4.tcp_syncookies": "0"},
 		halfOpen: map[netip.AddrPort]int{}, dropped: map[netip.AddrPort]int{}, open: map[netip.Addr]map[netip.Addr]int{}, ports: map[endpoints]uint16{},
 	}
@@ -46,9 +49,10 @@ func (n *network) client(src netip.Addr, dst netip.AddrPort) netip.AddrPort {
 	return netip.AddrPortFrom(src, 40000+n.ports[e])
 }
 
-func (n *network) addRule(r scenario.Rule) {
+func (n *network) addRule(r scenario.Rule, tool string) {
 	n.mu.Lock()
 	defer n.mu.Unlock()
+	n.tools = append(n.tools, tool)
 	n.rules = append(n.rules, r)
 	n.used = append(n.used, 0)
 }
@@ -59,16 +63,28 @@ func (n *network) setSysctl(s scenario.Sysctl) {
 	n.sysctls[s.Key] = s.Value
 }
 
-// passes says whether the filter lets a new connection through; mu is held. The
-// filter stands at every host: it looks at what a host sends, at what comes to
-// a host and, where a rule is not about new connections only, at the answers.
+// passes says whether the filter lets a new connection through, and counts and
+// logs those that it does not; mu is held. The filter stands at every host: it
+// looks at what a host sends, then at what comes to a host and, where a rule is
+// not about new connections only, at the answers.
 func (n *network) passes(src netip.Addr, dst netip.AddrPort) bool {
 	toHost, fromHost := scenario.HostNet.Contains(dst.Addr()), scenario.HostNet.Contains(src)
+	refused := func(i int) bool {
+		n.refused++
+		n.log.Refused(netip.AddrPortFrom(src, 0), dst, n.tools[i])
+		return false
+	}
+	for _, out := range []bool{true, false} {
+		for i, r := range n.rules {
+			if r.Out == out && (toHost && !out || fromHost && out) && !n.accepts(i, r, src, dst.Addr(), dst.Port()) {
+				return refused(i)
+			}
+		}
+	}
 	for i, r := range n.rules {
-		there := toHost && !r.Out || fromHost && r.Out
 		back := r.Established && (fromHost && !r.Out || toHost && r.Out)
-		if there && !n.accepts(i, r, src, dst.Addr(), dst.Port()) || back && !n.accepts(i, r, dst.Addr(), src, 0) {
-			return false
+		if back && !n.accepts(i, r, dst.Addr(), src, 0) {
+			return refused(i)
 		}
 	}
 	return true
@@ -96,9 +112,6 @@ func (n *network) accepts(i int, r scenario.Rule, from, to netip.Addr, port uint
 func (n *network) Dial(ctx context.Context, src netip.Addr, dst netip.AddrPort) (net.Conn, error) {
 	n.mu.Lock()
 	ok := n.passes(src, dst)
-	if !ok {
-		n.refused++
-	}
 	ln := n.listeners[dst]
 	local := n.client(src, dst)
 	full := false // the SYN queue
@@ -171,9 +184,6 @@ func (n *network) Flood(ctx context.Context, dst netip.AddrPort, count int) (int
 			n.tap.Begin(src, dst)
 		}
 		ok := n.passes(src.Addr(), dst)
-		if !ok {
-			n.refused++
-		}
 		if ok && n.listeners[dst] != nil {
 			if n.halfOpen[dst] < scenario.Backlog {
 				n.halfOpen[dst]++
@@ -205,7 +215,8 @@ func (n *network) kernelEvents() []scenario.Event {
 	if n.refused > 0 {
 		out = append(out, scenario.Event{Kind: scenario.Refused, Detail: fmt.Sprint(n.refused)})
 	}
-	return out
+	alerts, _ := n.log.Alerts()
+	return append(out, scenario.BlockedEvents(alerts)...)
 }
 
 type conn struct {

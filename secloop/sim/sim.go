@@ -98,7 +98,7 @@ func (t *teams) Apply(_ context.Context, a scenario.Action) error {
 	for _, e := range a.Effects {
 		switch {
 		case e.Rule != nil:
-			t.network.addRule(*e.Rule)
+			t.network.addRule(*e.Rule, a.Tool)
 		case e.Sysctl != nil:
 			t.network.setSysctl(*e.Sysctl)
 		case e.Setting != nil:
