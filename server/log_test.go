@@ -186,7 +186,7 @@ func TestSnapshotsWithoutAQueue(t *testing.T) {
 // not. The job waits for it, says so, and goes on when it is back.
 func TestAMissingSnapshotIsSaid(t *testing.T) {
 	const n = 6
-	e, c, ctx, j, _ := trainLog(t, n, 1, map[string]any{"snapshot_every_steps": 3, "keep_last": 0})
+	e, _, _, j, _ := trainLog(t, n, 1, map[string]any{"snapshot_every_steps": 3, "keep_last": 0})
 	e.Stop()
 	all, err := filepath.Glob(filepath.Join(e.StoreDir, "jobs", j.ID, "checkpoints", "*", "state"))
 	if err != nil || len(all) < 2 {
@@ -201,7 +201,7 @@ func TestAMissingSnapshotIsSaid(t *testing.T) {
 		t.Fatal(err)
 	}
 	e.Boot(t)
-	c, ctx = connect(t, e)
+	c, ctx := connect(t, e)
 	got := await(t, c, ctx, j.ID, "what is wrong", func(j client.Job) bool { return j.LastError != nil })
 	if got.State != "loading" || got.LastError.Code != "restore_failed" {
 		t.Errorf("state %s, %+v", got.State, got.LastError)

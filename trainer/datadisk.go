@@ -95,11 +95,11 @@ func (d *dataDisk) probe() error {
 	return errors.Join(err, f.Sync(), f.Close(), os.Remove(f.Name()))
 }
 
-// state returns how writes fail at present, nil when they do not, and how many have.
-func (d *dataDisk) state() (error, int64) {
+// state returns how many writes have failed, and how they fail at present, nil when they do not.
+func (d *dataDisk) state() (int64, error) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	return d.err, d.failures
+	return d.failures, d.err
 }
 
 func openDataDisk(dir string) *dataDisk {

@@ -4,7 +4,6 @@ import (
 	"math"
 	"time"
 
-	"trainerd/rollout"
 )
 
 // load is what rows take in a queue.
@@ -22,8 +21,6 @@ func (l load) plus(m load) load {
 func (l load) beyond(most load) load {
 	return load{max(0, l.rows-most.rows), max(0, l.tokens-most.tokens), max(0, l.bytes-most.bytes)}
 }
-
-func depthLoad(d rollout.Depth) load { return load{int64(d.Rollouts), d.Tokens, d.Bytes} }
 
 // load is what the groups of a consumption took in the queue.
 func (c *consumption) load() load {

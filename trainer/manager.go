@@ -401,7 +401,7 @@ func (m *Manager) Ready(ctx context.Context) error {
 	if _, err := m.ckpts.Blob.Stat(ctx, "ready"); err != nil && !errors.Is(err, storage.ErrNotFound) {
 		return fault.New(fault.Unavailable, "store_unavailable", "reach the checkpoint store: %w", err)
 	}
-	if err, _ := m.disk.state(); err != nil {
+	if _, err := m.disk.state(); err != nil {
 		return err
 	}
 	// A store that answers may still take nothing.

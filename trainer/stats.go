@@ -36,7 +36,7 @@ type Stats struct {
 // Stats returns the numbers of now.
 func (m *Manager) Stats() Stats {
 	s := Stats{DeviceQueue: m.exec.Depth(), DeviceLost: m.losses.Load(), SwapBytes: m.home.swapped()}
-	disk, n := m.disk.state()
+	n, disk := m.disk.state()
 	s.DiskFailing, s.DiskErrors = disk != nil, n
 	for _, j := range m.Jobs() {
 		st := j.Status()
