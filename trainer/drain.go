@@ -3,7 +3,6 @@ package trainer
 import (
 	"math"
 	"time"
-
 )
 
 // load is what rows take in a queue.
