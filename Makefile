@@ -42,8 +42,8 @@ test-minio: $(CACHE)/bin/minio ## the storage suite on a real MinIO server
 test-field: ## battle-fields in Linux namespaces, as root; fails where namespaces are not allowed
 	CGO_ENABLED=0 $(GO) test -tags field -count=1 -timeout 10m ./secloop/field
 
-test-field-real: ## the data stores of the battle-field are Debian's redis-server; installs it where it is missing
-	test -x /usr/bin/redis-server || apt-get install -y --no-install-recommends redis-server
+test-field-real: ## data stores and remote login of the battle-field are Debian's redis-server and sshd; installs them where they are missing
+	test -x /usr/bin/redis-server -a -x /usr/sbin/sshd || apt-get install -y --no-install-recommends redis-server openssh-server
 	CGO_ENABLED=0 $(GO) test -tags "field fieldreal" -count=1 -timeout 10m -run TestReal ./secloop/field
 
 field-leaks: ## 500 episodes (EPISODES) with random kills of workers and of supervisors: nothing may be left on the host

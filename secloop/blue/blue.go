@@ -21,9 +21,11 @@ const (
 	maxBusy        = 40 // connections that a host serves at once
 	serviceTimeout = 20 * time.Second
 	userTimeout    = 10 * time.Second
-	rotated        = "correct-horse-battery" // what rotate_credentials sets
 	beaconPort     = 4443
 )
+
+// RotatedPassword is what rotate_credentials sets.
+const RotatedPassword = "correct-horse-battery"
 
 // StorePassword is what the data stores ask for once they ask.
 const StorePassword = "store-password"

@@ -27,7 +27,7 @@ func (b *Blue) serveLogin(c net.Conn, h scenario.Host) {
 		how, word, _ := strings.Cut(line, " ")
 		password := b.ep.Password
 		if b.Is(h.Name, scenario.PasswordRotated) {
-			password = rotated
+			password = RotatedPassword
 		}
 		ok := how == "KEY" && word == UserKey || how == "PASS" && word == password && !b.Is(h.Name, scenario.KeysOnly)
 		if !ok {

@@ -4,32 +4,38 @@ package field
 
 import (
 	"context"
+	"slices"
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
 
+	"trainerd/secloop"
 	"trainerd/secloop/scenario"
 	"trainerd/secloop/sim"
 )
 
-// TestRealStores plays every scenario against data stores, with redis-server
-// in their place: the feedback is that of the simulator, and redis_require_auth
-// changes the configuration of the real thing.
-func TestRealStores(t *testing.T) {
+// TestRealServices plays every scenario against data stores and the remote
+// login, with redis-server and sshd in their place: the feedback and the alerts
+// are those of the simulator, and redis_require_auth, secure_sshd and
+// rotate_credentials change the real thing.
+func TestRealServices(t *testing.T) {
 	f := open(t, Options{Parallel: 2, Real: true})
 	played := 0
 	for _, sc := range scenario.All() {
-		h, _ := scenario.HostByName(sc.Targets[len(sc.Targets)-1])
-		if h.Service != scenario.Store {
+		target := slices.IndexFunc(sc.Targets, func(name string) bool {
+			h, _ := scenario.HostByName(name)
+			return h.Service == scenario.Store || h.Service == scenario.Shell
+		})
+		if target < 0 {
 			continue
 		}
 		played++
-		a := alertFor(sc, len(sc.Targets)-1)
+		a := alertFor(sc, target)
 		ep, err := scenario.New(a)
 		if err != nil {
 			t.Fatal(err)
 		}
-		for _, s := range append(ep.Remedies(), call("block_ip", "ip", "198.18.0.5"), call("redis_require_auth", "host", a.Target),
+		for _, s := range append(ep.Remedies(), call("block_ip", "ip", "198.18.0.5"), call("redis_require_auth", "host", a.Target), call("secure_sshd", "host", a.Target), call("rotate_credentials", "host", a.Target),
 			call("isolate_host", "host", a.Target), call("shutdown_service", "host", a.Target)) {
 			want, err := sim.Field{}.Play(context.Background(), a, s)
 			if err != nil {
@@ -40,7 +46,7 @@ func TestRealStores(t *testing.T) {
 				t.Fatalf("%s with %s: %v", a.Key(), s, err)
 			}
 			if d := cmp.Diff(want.Feedback, got.Feedback); d != "" {
-				t.Errorf("%s with %s: simulator -, real store +\n%s\nstages %+v", a.Key(), s, d, got.Stages)
+				t.Errorf("%s with %s: simulator -, real service +\n%s\nstages %+v", a.Key(), s, d, got.Stages)
 			}
 		}
 		wantAlerts, err := sim.Field{}.Observe(context.Background(), a, 3)
@@ -52,10 +58,46 @@ func TestRealStores(t *testing.T) {
 			t.Fatal(err)
 		}
 		if d := cmp.Diff(tally(wantAlerts), tally(gotAlerts)); d != "" {
-			t.Errorf("%s: alerts: simulator -, real store +\n%s", a.Key(), d)
+			t.Errorf("%s: alerts: simulator -, real service +\n%s", a.Key(), d)
 		}
 	}
 	if played < 3 {
-		t.Errorf("%d scenarios played, expected those against stores", played)
+		t.Errorf("%d scenarios played, expected those against stores and the remote login", played)
+	}
+}
+
+// TestRealLogin guesses at sshd: it logs each wrong password, three a connection
+// until the right one, and what a login learns is the flag.
+func TestRealLogin(t *testing.T) {
+	sc, _ := scenario.ByName("ssh_guess")
+	a := alertFor(sc, 0)
+	ep, err := scenario.New(a)
+	if err != nil {
+		t.Fatal(err)
+	}
+	wrong := 2 * slices.Index(ep.Words, ep.Password) // in each of two stages
+	for _, c := range []struct {
+		strategy secloop.Strategy
+		failed   int
+		attacked float64
+	}{
+		{call("block_ip", "ip", "198.18.0.5"), wrong, 1},
+		{call("rotate_credentials", "host", "jump1"), 2*len(ep.Words) + 1, 0}, // with the probe of the call
+		{call("secure_sshd", "host", "jump1"), 0, 0},                          // no password is even taken
+	} {
+		out, err := open(t, Options{Parallel: 1, Real: true}).Play(context.Background(), a, c.strategy)
+		if err != nil {
+			t.Fatal(err)
+		}
+		failed := 0
+		for _, e := range out.Events {
+			if e.Kind == "login_failed" && e.Host == "jump1" {
+				failed++
+			}
+		}
+		want := secloop.Feedback{Executed: 1, Attacked: c.attacked, Service: true}
+		if d := cmp.Diff(want, out.Feedback); d != "" || failed != c.failed {
+			t.Errorf("%s: %d failed logins, expected %d; expected -, got +\n%s\nstages %+v", c.strategy, failed, c.failed, d, out.Stages)
+		}
 	}
 }

@@ -26,6 +26,7 @@ const (
 	roleWorker = rolePrefix + "worker"
 	roleBlue   = rolePrefix + "blue"
 	roleRed    = rolePrefix + "red"
+	roleLogin  = rolePrefix + "login" // becomes sshd
 )
 
 const episodeTimeout = 90 * time.Second
@@ -37,7 +38,7 @@ var hooked bool // Main was called
 // call of main (or of TestMain).
 func Main() {
 	hooked = true
-	roles := map[string]func() error{roleWorker: worker, roleBlue: blueRole, roleRed: redRole}
+	roles := map[string]func() error{roleWorker: worker, roleBlue: blueRole, roleRed: redRole, roleLogin: loginRole}
 	play, ok := roles[os.Args[0]]
 	if !ok {
 		return
@@ -52,7 +53,7 @@ func Main() {
 // Options of a field.
 type Options struct {
 	Parallel int            // episodes at a time; 0 means the number of CPUs
-	Real     bool           // data stores are Debian's redis-server instead of ours
+	Real     bool           // data stores are Debian's redis-server and the remote login its sshd instead of ours
 	Pace     time.Duration  // how long the chain of a played episode takes at least, its stages spread evenly; 0 for as fast as it goes
 	Fault    scenario.Fault // put into every episode, for tests
 	Canary   []string       // addresses that red and blue try to reach in every episode, for tests: an episode that reaches one fails
@@ -84,8 +85,10 @@ func Open(o Options) (*Field, error) {
 	if o.Parallel <= 0 {
 		o.Parallel = runtime.NumCPU()
 	}
-	if _, err := os.Stat(redisServer); o.Real && err != nil {
-		return nil, fault.New(fault.Unavailable, "no_redis", "open battle-field with real services: %w", err)
+	for _, program := range []string{redisServer, sshdPath, perlPath} {
+		if _, err := os.Stat(program); o.Real && err != nil {
+			return nil, fault.New(fault.Unavailable, "no_program", "open battle-field with real services: %w", err)
+		}
 	}
 	f := &Field{opts: o, slots: make(chan struct{}, o.Parallel), starts: make(chan startRequest), warm: make(chan *workerProcess), done: make(chan struct{}), groups: openCgroups()}
 	f.wg.Add(1)

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"net"
+	"net/netip"
 	"os"
 	"path/filepath"
 	"slices"
@@ -52,6 +53,7 @@ func blueRole() error {
 				if programs, err = startStores(ep); err != nil {
 					return nil, err
 				}
+				programs["jump1"] = elsewhere{}
 			}
 			b, err = blue.StartAround(ep, stand{patience: patience}, programs)
 			return nil, err
@@ -99,6 +101,16 @@ func blueRole() error {
 				return nil, err
 			}
 			return nil, watch.skip(d)
+		case "denied":
+			var from []netip.AddrPort
+			if err := json.Unmarshal(arg, &from); err != nil || watch == nil {
+				return nil, err
+			}
+			login, _ := scenario.HostByName("jump1")
+			for _, at := range from {
+				watch.engine.Denied(at, login.At())
+			}
+			return nil, nil
 		case "tick":
 			return b.Tick(context.Background()), nil
 		case "settle":
@@ -122,6 +134,15 @@ func blueRole() error {
 		return nil, fmt.Errorf("unknown request %q", op)
 	})
 }
+
+// elsewhere is a program that the worker runs, not blue.
+type elsewhere struct{}
+
+// Set implements blue.Program.
+func (elsewhere) Set(string) error { return nil }
+
+// Stop implements blue.Program.
+func (elsewhere) Stop() {}
 
 // toolTimeout bounds one call of a strategy; rules and settings take milliseconds.
 const toolTimeout = 5 * time.Second

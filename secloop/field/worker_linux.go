@@ -119,12 +119,14 @@ type workerField struct {
 	redGone   bool
 	pace      time.Duration // that a stage takes at least
 	users     stand
+	login     *sshd // nil where blue's own login serves
 }
 
 // ground is what every battle-field has, whatever is played on it: the
 // processes of blue and red, wired up.
 type ground struct {
 	bluePeer, redPeer *peer
+	bluePid           int
 	blue, red, users  *netlink.Handle
 }
 
@@ -138,7 +140,7 @@ func prepare() (*ground, error) {
 	if err != nil {
 		return nil, err
 	}
-	g := &ground{bluePeer: bluePeer, redPeer: redPeer}
+	g := &ground{bluePeer: bluePeer, redPeer: redPeer, bluePid: bluePid}
 	if err := g.wire(bluePid, redPid); err != nil {
 		return nil, fmt.Errorf("wire battle-field: %w", err)
 	}
@@ -153,6 +155,12 @@ func (g *ground) build(ep scenario.Episode) (*workerField, error) {
 	}
 	if err := w.blue.call("start", ep, nil); err != nil {
 		return nil, fmt.Errorf("start blue: %w", err)
+	}
+	if ep.Real {
+		var err error
+		if w.login, err = startLogin(ep, g.bluePid); err != nil {
+			return nil, err
+		}
 	}
 	if err := w.red.call("start", ep, nil); err != nil {
 		return nil, fmt.Errorf("start red: %w", err)
@@ -315,7 +323,17 @@ func ipNet(p netip.Prefix) *net.IPNet {
 
 // Apply implements scenario.Sides.
 func (w *workerField) Apply(_ context.Context, a scenario.Action) error {
-	return w.blue.call("apply", a, nil)
+	if err := w.blue.call("apply", a, nil); err != nil || w.login == nil {
+		return err
+	}
+	for _, e := range a.Effects {
+		if e.Setting != nil && e.Setting.Host == w.login.host.Name {
+			if err := w.login.set(w.ep, e.Setting.Name); err != nil {
+				return fmt.Errorf("%s: %w", a.Tool, err)
+			}
+		}
+	}
+	return nil
 }
 
 // Attack implements scenario.Sides. A side that dies has lost its stage, not the episode's field.
@@ -399,12 +417,25 @@ func (w *workerField) Visit(ctx context.Context, v scenario.Visit) error {
 	if scenario.RedNet.Contains(v.From) {
 		return w.red.call("visit", v, nil)
 	}
+	if w.login != nil && v.To == w.login.host.At() && v.Say != "" {
+		w.login.visit(w.users, v)
+		return nil
+	}
 	blue.Visit(ctx, w.users, v)
 	return nil
 }
 
 // Skip implements scenario.Watched.
 func (w *workerField) Skip(_ context.Context, d time.Duration) error {
+	if w.login != nil { // what the sensor cannot read on the wire, it learns from the log
+		from, err := w.login.denied()
+		if err != nil {
+			return err
+		}
+		if err := w.blue.call("denied", from, nil); err != nil {
+			return err
+		}
+	}
 	return w.blue.call("skip", d, nil)
 }
 
@@ -418,6 +449,9 @@ func (w *workerField) Users(ctx context.Context, host string, n int, pressure bo
 	if pressure {
 		users.patience = pressedPatience
 	}
+	if w.login != nil && h.Name == w.login.host.Name {
+		return w.login.users(users, n), nil
+	}
 	return blue.Users(ctx, users, h, n), nil
 }
 
@@ -425,5 +459,12 @@ func (w *workerField) Users(ctx context.Context, host string, n int, pressure bo
 func (w *workerField) Events(context.Context) ([]scenario.Event, error) {
 	var e []scenario.Event
 	err := w.blue.call("events", nil, &e)
+	if err == nil && w.login != nil {
+		var from []netip.AddrPort
+		from, err = w.login.denied()
+		for _, at := range from {
+			e = append(e, scenario.Event{Kind: "login_failed", Source: at.Addr().String(), Host: w.login.host.Name, Detail: "sshd"})
+		}
+	}
 	return e, err
 }

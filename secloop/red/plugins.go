@@ -122,7 +122,11 @@ func (r *Red) login(ctx context.Context, b *budget, src netip.Addr, with map[str
 		if err != nil {
 			return scenario.Result{}, err
 		}
-		out, err := guess(c, group, with["run"])
+		try := guess
+		if r.ep.Real && r.target().Service == scenario.Shell {
+			try = guessSSH
+		}
+		out, err := try(c, group, with["run"])
 		c.Close()
 		if err != nil || out != "" {
 			return scenario.Result{Output: out}, err

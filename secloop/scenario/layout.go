@@ -60,6 +60,9 @@ var hosts = []Host{
 	{"dns1", netip.MustParseAddr("198.18.2.18"), DNS, 53, 0},
 }
 
+// Account is who logs in where a real sshd answers.
+const Account = "ops"
+
 // Hosts lists the blue hosts.
 func Hosts() []Host { return slices.Clone(hosts) }
 

@@ -148,6 +148,23 @@ func (e *Engine) Bytes(from, to netip.AddrPort, b []byte) {
 	e.search(k, f, side)
 }
 
+// Denied is a failed login that a server's log tells of, for connections whose
+// bytes say nothing.
+func (e *Engine) Denied(client, server netip.AddrPort) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	e.count(&failedLogins, flowKey{client, server})
+}
+
+// count is one match of a signature that is raised at each so many.
+func (e *Engine) count(s *Signature, k flowKey) {
+	c := counted{s.ID, pair{k.client.Addr(), k.server.Addr()}}
+	e.counts[c]++
+	if e.counts[c]%s.every == 0 {
+		e.raise(s, k)
+	}
+}
+
 // End is the last packet of one side (FIN), or of both (RST).
 func (e *Engine) End(from, to netip.AddrPort, both bool) {
 	e.mu.Lock()

@@ -157,11 +157,7 @@ func (e *Engine) search(k flowKey, f *flow, by int) {
 				f.fired[s.ID] = n
 				break
 			}
-			c := counted{s.ID, pair{k.client.Addr(), k.server.Addr()}}
-			e.counts[c]++
-			if e.counts[c]%s.every == 0 {
-				e.raise(s, k)
-			}
+			e.count(s, k)
 		}
 	}
 }
