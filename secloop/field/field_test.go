@@ -185,11 +185,10 @@ func blockedBy(events []scenario.Event) []string {
 	return out
 }
 
-// TestNobodyReachesTheHost puts listeners on every address and on sockets of
-// the host, lets red and blue of every scenario try them past all guards, and
-// counts who came.
-func TestNobodyReachesTheHost(t *testing.T) {
-	var came atomic.Int32
+// canaries puts listeners on every address and on a socket of the host and
+// makes sure that they sing; came counts who comes.
+func canaries(t *testing.T) (canary []string, came *atomic.Int32) {
+	came = new(atomic.Int32)
 	listen := func(network, at string) string {
 		ln, err := net.Listen(network, at)
 		if err != nil {
@@ -209,7 +208,7 @@ func TestNobodyReachesTheHost(t *testing.T) {
 		return ln.Addr().String()
 	}
 	_, port, _ := net.SplitHostPort(listen("tcp", ":0"))
-	canary := []string{listen("unix", "@secloop-canary")}
+	canary = []string{listen("unix", "@secloop-canary")}
 	addrs, err := net.InterfaceAddrs()
 	if err != nil {
 		t.Fatal(err)
@@ -238,6 +237,13 @@ func TestNobodyReachesTheHost(t *testing.T) {
 	if n := came.Swap(0); int(n) != len(canary) {
 		t.Fatalf("%d of %d canaries answer from the host itself", n, len(canary))
 	}
+	return canary, came
+}
+
+// TestNobodyReachesTheHost lets red and blue of every scenario try the canaries
+// past all guards, and counts who came.
+func TestNobodyReachesTheHost(t *testing.T) {
+	canary, came := canaries(t)
 	f := open(t, Options{Parallel: 4, Canary: canary})
 	var wg sync.WaitGroup
 	for _, sc := range scenario.All() {

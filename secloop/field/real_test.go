@@ -101,3 +101,17 @@ func TestRealLogin(t *testing.T) {
 		}
 	}
 }
+
+// TestRealLoginIsJailed lets whoever logs in try the canaries and what else is
+// not theirs; on undefended ground the chain then runs as ever.
+func TestRealLoginIsJailed(t *testing.T) {
+	canary, came := canaries(t)
+	sc, _ := scenario.ByName("ssh_guess")
+	out, err := open(t, Options{Parallel: 1, Real: true, Canary: canary}).Play(context.Background(), alertFor(sc, 0), call("block_ip", "ip", "198.18.0.5"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if out.Feedback.Attacked != 1 || came.Load() != 0 {
+		t.Errorf("%d connections reached the host; stages %+v", came.Load(), out.Stages)
+	}
+}

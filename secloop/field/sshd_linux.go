@@ -214,21 +214,52 @@ func (s *sshd) connect(from stand, src netip.Addr, auth ssh.AuthMethod) (*ssh.Cl
 
 // login is a legitimate client: it shows its key and runs a command.
 func (s *sshd) login(src netip.Addr, from stand) error {
+	out, err := s.run(src, from, "id")
+	if err == nil && !strings.Contains(out, "uid=") {
+		err = fmt.Errorf("id answers %.40q", out)
+	}
+	return err
+}
+
+// run is one command of somebody with the users' key.
+func (s *sshd) run(src netip.Addr, from stand, command string) (string, error) {
 	client, err := s.connect(from, src, ssh.PublicKeys(s.user))
 	if err != nil {
-		return err
+		return "", err
 	}
 	defer client.Close()
 	session, err := client.NewSession()
 	if err != nil {
-		return err
+		return "", err
 	}
 	defer session.Close()
-	out, err := session.Output("id")
-	if err == nil && !strings.Contains(string(out), "uid=") {
-		err = fmt.Errorf("id answers %.40q", out)
+	out, err := session.Output(command)
+	return string(out), err
+}
+
+// tryEscapes fails when whoever has logged in can reach one of the canaries, sees
+// more than sshd's own root, or can write or mount something there.
+func (s *sshd) tryEscapes(canaries []string, from stand) error {
+	src := scenario.UserAddrs()[0]
+	const root = "bin\ndev\netc\nlib\nlib64\nrun\nsbin\nsecret\nusr\n"
+	if out, err := s.run(src, from, "ls -A /"); err != nil || out != root {
+		return fmt.Errorf("login: sees %q (%v)", out, err)
 	}
-	return err
+	tries := []string{"echo x >/etc/x", "echo x >/usr/x", "cat /etc/shadow", "mount -t tmpfs x /run", "ls /proc/1"}
+	for _, at := range canaries {
+		if name, abstract := strings.CutPrefix(at, "@"); abstract {
+			tries = append(tries, fmt.Sprintf(`perl -MSocket -e 'socket(S,AF_UNIX,SOCK_STREAM,0);exit !connect(S,pack_sockaddr_un("\0%s"))'`, name))
+		} else if host, port, err := net.SplitHostPort(at); err == nil {
+			tries = append(tries, fmt.Sprintf("bash -c 'exec 3<>/dev/tcp/%s/%s'", host, port))
+		}
+	}
+	for _, command := range tries {
+		var exit *ssh.ExitError
+		if _, err := s.run(src, from, command); !errors.As(err, &exit) {
+			return fmt.Errorf("login: %s: escaped (%v)", command, err)
+		}
+	}
+	return nil
 }
 
 // users is blue.Users.

@@ -396,6 +396,9 @@ func (w *workerField) tryEscapes(canaries []string) error {
 			return fmt.Errorf("%s: %w", name, err)
 		}
 	}
+	if w.login != nil {
+		return w.login.tryEscapes(canaries, w.users)
+	}
 	return nil
 }
 
