@@ -72,11 +72,11 @@ func (p patience) RoundTrip(req *http.Request) (*http.Response, error) {
 	ctx, cancel := context.WithCancelCause(req.Context())
 	w := &watched{ctx: ctx, out: out, limit: limit, cancel: cancel}
 	w.timer = time.AfterFunc(limit, func() { out.goesOn(limit); cancel(stalled(req, limit)) })
-	req = req.Clone(ctx)
-	if req.Body != nil && req.Body != http.NoBody {
-		req.Body = sending{w, req.Body}
+	sent := req.Clone(ctx)
+	if sent.Body != nil && sent.Body != http.NoBody {
+		sent.Body = sending{w, sent.Body}
 	}
-	res, err := p.next.RoundTrip(req)
+	res, err := p.next.RoundTrip(sent)
 	if err != nil {
 		if cause, ok := fault.As(context.Cause(ctx)); ok {
 			err = cause
