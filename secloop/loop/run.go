@@ -204,7 +204,15 @@ func (r *Run) measureOnly(ctx context.Context, source string) error {
 	if err := r.measure(ctx, 0); err != nil {
 		return err
 	}
-	_, err = r.Client.Pull(ctx, r.job, client.Latest, filepath.Join(r.Dir, dirPolicy))
+	return r.keepPolicy(ctx, 0)
+}
+
+// keepPolicy pulls the policy of a step once it is published.
+func (r *Run) keepPolicy(ctx context.Context, step int64) error {
+	if _, err := published(ctx, r.Client, r.job, step); err != nil {
+		return err
+	}
+	_, err := r.Client.Pull(ctx, r.job, client.Latest, filepath.Join(r.Dir, dirPolicy))
 	return err
 }
 
@@ -249,8 +257,7 @@ func (r *Run) learn(ctx context.Context, source string) error {
 			return fmt.Errorf("turn %d: %w", step+1, err)
 		}
 	}
-	_, err = r.Client.Pull(ctx, r.job, client.Latest, filepath.Join(r.Dir, dirPolicy))
-	return err
+	return r.keepPolicy(ctx, int64(s.Steps))
 }
 
 // turn is one turn of the loop: incidents, prompts, strategies, battle-fields, rewards, step, checkpoint.
