@@ -22,11 +22,12 @@ SMOLLM2             := $(CACHE)/smollm2/SmolLM2.gguf
 build: ## bin/trainerd, pure Go
 	CGO_ENABLED=0 $(GO) build -trimpath -ldflags "$(LDFLAGS)" -o bin/trainerd ./cmd/trainerd
 
-test: ## everything that needs only Go; with the race detector where a C compiler is found
-	CGO_ENABLED=0 $(GO) test -timeout 15m $$($(GO) list ./... | grep -v -E '^trainerd/parity')
+test: ## everything that needs only Go; the light packages with the race detector where a C compiler is found
 ifneq ($(HAVE_CC),)
+	CGO_ENABLED=0 $(GO) test -timeout 15m $$($(GO) list ./... | grep -E '^($(HEAVY))' | grep -v -E '^trainerd/parity')
 	$(MAKE) test-race
 else
+	CGO_ENABLED=0 $(GO) test -timeout 15m $$($(GO) list ./... | grep -v -E '^trainerd/parity')
 	@echo "note: no C compiler, so the race detector did not run"
 endif
 
