@@ -169,7 +169,7 @@ cuda-emulated: # the CUDA device's own code and kernels on a CPU emulator, again
 cuda-check: trainerd-cuda ## compiles all kernels and all tagged Go, and runs what needs no GPU
 	$(CUDA_GO) vet -tags cuda ./kernels/cuda ./cmd/trainerd ./model
 	$(CUDA_GO) test -c -tags cuda -o out/cuda/cuda.test ./kernels/cuda
-	@if [ ! -e /dev/nvidiactl ]; then bin/trainerd-cuda bench gemm --device cuda:0 --repeats 1 2>&1 | tee /dev/stderr | grep -q 'no NVIDIA driver'; fi
+	@if [ ! -e /dev/nvidiactl ]; then bin/trainerd-cuda bench gemm --device cuda:0 --repeats 1 2>&1 | tee -a /dev/stderr | grep -q 'no NVIDIA driver'; fi
 	$(MAKE) cuda-emulated
 
 device-bundle: trainerd-cuda venv $(SMOLLM2) ## .device/: what bench/device.sh needs on a machine with a GPU and no Go
