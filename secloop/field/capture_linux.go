@@ -50,21 +50,21 @@ func newCapture() (*capture, error) {
 		return nil, fmt.Errorf("set receive buffer: %w", err)
 	}
 	c := &capture{fd: fd, lo: lo.Index, engine: sensor.NewEngine(scenario.Network), start: time.Now(), buf: make([]byte, maxFrame), next: map[stream]uint32{}}
-	go c.follow()
+	go follow(c.fd, c.drain)
 	return c, nil
 }
 
 func htons(v uint16) uint16 { return v<<8 | v>>8 }
 
-// follow reads while others play, so that the kernel's buffer stays empty. It
-// ends with the process: a capture lives as long as its battle-field.
-func (c *capture) follow() {
-	p := []unix.PollFd{{Fd: int32(c.fd), Events: unix.POLLIN}}
+// follow reads a socket while others play, so that the kernel's buffer stays
+// empty. It ends with the process: a sensor lives as long as its battle-field.
+func follow(fd int, drain func() error) {
+	p := []unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}
 	for {
 		if _, err := unix.Poll(p, -1); err != nil && !errors.Is(err, unix.EINTR) {
 			return
 		}
-		if c.drain() != nil {
+		if drain() != nil {
 			return
 		}
 	}

@@ -73,7 +73,7 @@ func newRefusals() (*refusals, error) {
 		unix.Close(fd)
 		return nil, fmt.Errorf("bind packet log: %w", err)
 	}
-	go r.follow()
+	go follow(r.fd, r.drain)
 	return r, nil
 }
 
@@ -104,19 +104,6 @@ func (r *refusals) configure(attrs []byte) error {
 		return unix.Errno(-code)
 	}
 	return nil
-}
-
-// follow reads while others play. It ends with the process, as its battle-field does.
-func (r *refusals) follow() {
-	p := []unix.PollFd{{Fd: int32(r.fd), Events: unix.POLLIN}}
-	for {
-		if _, err := unix.Poll(p, -1); err != nil && !errors.Is(err, unix.EINTR) {
-			return
-		}
-		if r.drain() != nil {
-			return
-		}
-	}
 }
 
 // drain reads everything that has arrived.
