@@ -19,8 +19,10 @@ const (
 	logGroup  = 5  // NFLOG group of blue's namespace
 	logCopy   = 64 // bytes of a packet that the kernel hands over: the IPv4 and TCP headers
 	logBuffer = 4 << 20
-	logRate   = 200 // packets a second that a tool's rules log, so that a flood does not drown the reader
+	logRate   = 200 // packets a second that a tool's rules log of each /24 of sources
 	logBurst  = 256
+
+	logNetworks = 256 // that a tool's rules log; of more nothing is logged
 )
 
 // Of linux/netfilter/nfnetlink_log.h.

@@ -61,23 +61,31 @@ const (
 	offsetFlags       = 13
 )
 
-// refusal is the chain of a tool: it logs, with the tool as prefix and no more
-// than the reader can take, then answers with a reset.
-func (f *filter) refusal(tool string) *nftables.Chain {
+// refusal is the chain of a tool: it logs, with the tool as prefix, then answers
+// with a reset. Each /24 of sources has a limit of its own, so that a flood drowns
+// neither the reader nor the others whom the rule meets.
+func (f *filter) refusal(tool string) (*nftables.Chain, error) {
 	if f.refuse[tool] != nil {
-		return f.refuse[tool]
+		return f.refuse[tool], nil
 	}
 	c := f.conn.AddChain(&nftables.Chain{Name: "refuse_" + tool, Table: f.table})
 	if f.logs {
+		set := &nftables.Set{Table: f.table, Name: "logged_" + tool, KeyType: nftables.TypeIPAddr, Dynamic: true, Size: logNetworks}
+		if err := f.conn.AddSet(set, nil); err != nil {
+			return nil, fmt.Errorf("add set: %w", err)
+		}
 		f.conn.AddRule(&nftables.Rule{Table: f.table, Chain: c, Exprs: []expr.Any{
-			&expr.Limit{Type: expr.LimitTypePkts, Rate: logRate, Unit: expr.LimitTimeSecond, Burst: logBurst},
+			&expr.Payload{DestRegister: 1, Base: expr.PayloadBaseNetworkHeader, Offset: offsetSource, Len: 4},
+			&expr.Bitwise{SourceRegister: 1, DestRegister: 1, Len: 4, Mask: []byte{255, 255, 255, 0}, Xor: make([]byte, 4)},
+			&expr.Dynset{SrcRegKey: 1, SetName: set.Name, SetID: set.ID, Operation: unix.NFT_DYNSET_OP_UPDATE,
+				Exprs: []expr.Any{&expr.Limit{Type: expr.LimitTypePkts, Rate: logRate, Unit: expr.LimitTimeSecond, Burst: logBurst}}},
 			&expr.Log{Key: 1<<unix.NFTA_LOG_GROUP | 1<<unix.NFTA_LOG_PREFIX | 1<<unix.NFTA_LOG_SNAPLEN | 1<<unix.NFTA_LOG_QTHRESHOLD,
 				Group: logGroup, Snaplen: logCopy, QThreshold: 1, Data: []byte(tool)},
 		}})
 	}
 	f.conn.AddRule(&nftables.Rule{Table: f.table, Chain: c, Exprs: []expr.Any{&expr.Reject{Type: unix.NFT_REJECT_TCP_RST}}})
 	f.refuse[tool] = c
-	return c
+	return c, nil
 }
 
 // add appends a tool's rule and reads the chain back.
@@ -121,7 +129,11 @@ func (f *filter) add(r scenario.Rule, tool string) error {
 			&expr.Dynset{SrcRegKey: 1, SetName: set.Name, SetID: set.ID, Operation: unix.NFT_DYNSET_OP_ADD,
 				Exprs: []expr.Any{&expr.Connlimit{Count: uint32(r.PerSource), Flags: expr.NFT_CONNLIMIT_F_INV}}})
 	}
-	x = append(x, &expr.Counter{}, &expr.Verdict{Kind: expr.VerdictGoto, Chain: f.refusal(tool).Name})
+	refusal, err := f.refusal(tool)
+	if err != nil {
+		return err
+	}
+	x = append(x, &expr.Counter{}, &expr.Verdict{Kind: expr.VerdictGoto, Chain: refusal.Name})
 	f.conn.AddRule(&nftables.Rule{Table: f.table, Chain: chain, Exprs: x})
 	if err := f.conn.Flush(); err != nil {
 		return fmt.Errorf("add rule: %w", err)
