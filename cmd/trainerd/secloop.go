@@ -71,7 +71,7 @@ func (l *loopEnv) bindPolicy(cmd *cobra.Command, defaultModel string) {
 	f.StringVar(&l.device, "device", "cpu", "of the server inside this process: cpu, cuda:N or auto")
 	f.StringVar(&l.modelIs, "model", defaultModel, "bytes (a small byte-level model), a Hugging Face directory or a GGUF file; with --server what the server reads (dir:PATH, s3://..., job:ID@STEP)")
 	f.StringVar(&l.tokenizer, "tokenizer", "", "directory with tokenizer.json; default: the model's own")
-	f.StringVar(&l.prompt, "prompt", "auto", "terse, chat, or auto: chat where the tokenizer has chat tokens")
+	f.StringVar(&l.prompt, "prompt", "auto", "terse; chat, with tools and environment; brief, chat without them; or auto: chat where the tokenizer has chat tokens")
 	f.StringVar(&l.endpoint, "endpoint", "", "sample from this OpenAI-compatible address (.../v1) instead of the server")
 	f.StringVar(&l.endpointModel, "endpoint-model", "", "name of the policy there")
 	f.StringVar(&l.endpointKey, "endpoint-key-env", "", "environment variable with its API key")
@@ -246,15 +246,15 @@ func (l *loopEnv) openPolicy(ctx context.Context, dir string, seed uint64) (poli
 	case "auto":
 		p.chat = canChat
 	case "terse":
-	case "chat":
+	case "chat", "brief":
 		p.chat = true
 	default:
-		return p, fault.BadField("prompt", l.prompt, "terse, chat or auto")
+		return p, fault.BadField("prompt", l.prompt, "terse, chat, brief or auto")
 	}
 	p.form = loop.Terse{}
 	end := func() (int32, bool) { return p.codec.Special("eos_token") }
 	if p.chat {
-		p.form = loop.Chat{Render: p.codec.ChatML, Open: `[{"tool":"`}
+		p.form = loop.Chat{Render: p.codec.ChatML, Open: `[{"tool":"`, Brief: l.prompt == "brief"}
 		end = func() (int32, bool) { return p.codec.ID("<|im_end|>") }
 	}
 	var ok bool

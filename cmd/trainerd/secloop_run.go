@@ -33,20 +33,20 @@ func byteSettings() loop.Settings {
 	}
 }
 
-// smolSettings are those of SmolLM2-135M-Instruct on a CPU: few steps, few incidents.
+// smolSettings are those of SmolLM2-135M-Instruct with brief prompts, for an hour of two cores.
 func smolSettings() loop.Settings {
 	s := byteSettings()
-	s.LR, s.Temperature, s.Steps, s.Groups = 1e-5, 0.7, 4, 2
-	s.Most, s.MaxPrompt, s.MaxTokens, s.MicroBatch = 4, 1024, 48, 4096
-	s.EvalIncidents, s.EvalScenarios, s.EvalEvery = 8, 4, 4
-	s.Warm = loop.Warm{Steps: 6, Rows: 4, Ahead: 2, Pool: 32, LR: 1e-4, Skill: 0.35}
+	s.LR, s.Groups = 2e-5, 16
+	s.MaxPrompt, s.MaxTokens, s.MicroBatch = 192, 48, 4096
+	s.EvalIncidents, s.EvalScenarios = 120, 60
+	s.Warm = loop.Warm{Steps: 60, Rows: 16, Ahead: 10, Pool: 512, LR: 1e-4, Skill: 0.35}
 	return s
 }
 
 func (l *loopFlags) bind(cmd *cobra.Command) {
 	f := cmd.Flags()
 	l.Settings = byteSettings()
-	f.StringVar(&l.smollm2, "smollm2", "", "GGUF of SmolLM2-135M-Instruct: train that, with settings for few steps")
+	f.StringVar(&l.smollm2, "smollm2", "", "GGUF of SmolLM2-135M-Instruct: train that, with brief prompts and settings for a CPU")
 	f.Uint64Var(&l.Seed, "seed", l.Seed, "seed of weights, incidents and sampling")
 	f.StringVar(&l.Objective, "objective", l.Objective, "sa_grpo, grpo, dr_grpo, dapo, gspo or cispo")
 	f.StringVar(&l.weights, "weights", "", "weights of the reward modules, as format=1,execution=1,evaluation=1,penalty=-1")
@@ -133,6 +133,9 @@ func newSecloopRun() *cobra.Command {
 			}
 			if flags.smollm2 != "" {
 				l.modelIs = flags.smollm2
+				if !cmd.Flags().Changed("prompt") {
+					l.prompt = "brief"
+				}
 			}
 			if out == "" {
 				if out, err = os.MkdirTemp("", "trainerd-secloop-"); err != nil {

@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"trainerd/internal/fault"
+	"trainerd/model/tokenizer"
 	"trainerd/secloop"
 	"trainerd/secloop/scenario"
 	"trainerd/secloop/sensor"
@@ -320,6 +321,15 @@ func TestPrompts(t *testing.T) {
 	text, err := Terse{}.Prompt(s)
 	if want := "SSIQ 0.20 web1\n="; err != nil || text != want {
 		t.Errorf("terse prompt %q, %v, expected %q", text, err, want)
+	}
+	chat := Chat{Render: func(m []tokenizer.Message) (string, error) { return m[0].Content + "|" + m[1].Content, nil }}
+	if text, err = chat.Prompt(s); err != nil || !strings.HasPrefix(text, ChatSystem()+"|") || !strings.Contains(text, "- "+s[0].String()+"\n") {
+		t.Errorf("chat prompt %q, %v, expected the environment and %s", text, err, s[0])
+	}
+	chat.Brief = true
+	text, err = chat.Prompt(s)
+	if want := "You defend a network.|Alerts:\n- SQL syntax in query from 198.18.0.20 against web1\nStrategy:"; err != nil || text != want {
+		t.Errorf("brief prompt %q, %v, expected %q", text, err, want)
 	}
 	names := map[string]string{}
 	for _, sig := range sensor.Signatures() {

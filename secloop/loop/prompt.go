@@ -56,6 +56,9 @@ func (Terse) Opening() string { return "" }
 type Chat struct {
 	Render func([]tokenizer.Message) (string, error) // the model's chat template, with the assistant's turn opened
 	Open   string                                    // opening of a strategy, such as `[{"tool":"`
+	// Brief leaves out what never changes, environment, tools and times: a tenth
+	// of the tokens, for a warm start that teaches the tools.
+	Brief bool
 }
 
 // Prompt implements Form.
@@ -63,13 +66,21 @@ func (c Chat) Prompt(summaries []sensor.Summary) (string, error) {
 	var b strings.Builder
 	b.WriteString("Alerts:\n")
 	for _, s := range summaries {
-		fmt.Fprintf(&b, "- %s\n", s)
+		if c.Brief {
+			fmt.Fprintf(&b, "- %s from %s against %s\n", s.Type, s.Source, s.Target)
+		} else {
+			fmt.Fprintf(&b, "- %s\n", s)
+		}
 	}
 	if len(summaries) == 0 {
 		b.WriteString("- none\n")
 	}
 	b.WriteString("Strategy:")
-	return c.Render([]tokenizer.Message{{Role: "system", Content: ChatSystem()}, {Role: "user", Content: b.String()}})
+	system := ChatSystem()
+	if c.Brief {
+		system = "You defend a network."
+	}
+	return c.Render([]tokenizer.Message{{Role: "system", Content: system}, {Role: "user", Content: b.String()}})
 }
 
 // Opening implements Form.
