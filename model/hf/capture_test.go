@@ -3,12 +3,15 @@ package hf
 import (
 	"bytes"
 	"context"
+	"crypto/sha256"
+	"encoding/hex"
 	"io"
 	"maps"
 	"math"
 	"slices"
 	"testing"
 
+	"github.com/google/go-cmp/cmp"
 	"gorgonia.org/tensor"
 
 	"trainerd/internal/fault"
@@ -41,15 +44,21 @@ func (w wild) Read(name string, dst *tensor.Dense) error {
 	return err
 }
 
-// TestCaptureWritesTheSameBytes holds every dtype, and the rounded directory
-// that is written of an exact capture.
-func TestCaptureWritesTheSameBytes(t *testing.T) {
+// hard is a small model with such values in every tensor.
+func hard(t *testing.T) model.Source {
+	t.Helper()
 	random, err := model.NewRandom(model.Config{Type: "qwen3", Vocab: 300, Hidden: 256, FFN: 8, Layers: 1, Heads: 2, KVHeads: 1, HeadDim: 4, MaxPositions: 64,
 		RopeTheta: 100, NormEps: 1e-5, QKNorm: true, InitStd: 0.3, BOS: -1}, 3)
 	if err != nil {
 		t.Fatal(err)
 	}
-	src := wild{random}
+	return wild{random}
+}
+
+// TestCaptureWritesTheSameBytes holds every dtype, and the rounded directory
+// that is written of an exact capture.
+func TestCaptureWritesTheSameBytes(t *testing.T) {
+	src := hard(t)
 	n := CaptureElements(src)
 	for _, dtype := range []string{"F32", "BF16", "F16"} {
 		for _, exact := range []bool{false, true} {
@@ -119,4 +128,41 @@ func TestCaptureRefuses(t *testing.T) {
 func isCode(err error, code string) bool {
 	f, ok := fault.As(err)
 	return ok && f.Code == code
+}
+
+// TestPublishedBytesAreFrozen holds the files of one model to the digests that
+// they had before captures were written without a conversion: whatever way the
+// bytes take, readers that compare digests see no difference.
+func TestPublishedBytesAreFrozen(t *testing.T) {
+	src := hard(t)
+	for dtype, want := range map[string]map[string]string{
+		"F32": {
+			"config.json": "a264e9668fbf42eb", "model.safetensors.index.json": "9197fcd283141870",
+			"model-00001-of-00003.safetensors": "40253797b38a1cc3", "model-00002-of-00003.safetensors": "2cbfa73182471929", "model-00003-of-00003.safetensors": "44d6524001b0e83e",
+		},
+		"BF16": {
+			"config.json": "9f07a49d9331fef2", "model.safetensors.index.json": "a2740a39822e5939",
+			"model-00001-of-00003.safetensors": "62fe4a693c7aae04", "model-00002-of-00003.safetensors": "1ffe9968f136053c", "model-00003-of-00003.safetensors": "daf8371c2f2b73dc",
+		},
+		"F16": {
+			"config.json": "5a0d19e6a0ec8e13", "model.safetensors.index.json": "a2740a39822e5939",
+			"model-00001-of-00003.safetensors": "f20b9a4d32872116", "model-00002-of-00003.safetensors": "7086dff93af88b53", "model-00003-of-00003.safetensors": "bfebe670bf5c8906",
+		},
+	} {
+		mem := CaptureMemory{Floats: make([]float32, CaptureElements(src)), Halves: make([]uint16, CaptureElements(src))}
+		captured, err := TakeCapture(t.Context(), src, dtype, mem)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for where, from := range map[string]model.Source{"source": src, "capture": captured} {
+			got := map[string]string{}
+			for name, data := range written(t, from, WriteOptions{DType: dtype, ShardBytes: 1 << 16}) {
+				sum := sha256.Sum256(data)
+				got[name] = hex.EncodeToString(sum[:8])
+			}
+			if d := cmp.Diff(want, got); d != "" {
+				t.Errorf("%s of a %s (-want +got):\n%s", dtype, where, d)
+			}
+		}
+	}
 }
