@@ -14,18 +14,16 @@ const (
 	BF16
 	I32
 	I16 // the low half of a float32 master weight, beside a BF16 buffer
+	I8  // a code of a compact first moment, see AdamW
 )
 
 // Size returns the bytes of one element.
 func (t DType) Size() int {
-	if t == BF16 || t == I16 {
-		return 2
-	}
-	return 4
+	return [...]int{F32: 4, BF16: 2, I32: 4, I16: 2, I8: 1}[t]
 }
 
-// String returns "f32", "bf16", "i32" or "i16".
-func (t DType) String() string { return [...]string{"f32", "bf16", "i32", "i16"}[t] }
+// String returns "f32", "bf16", "i32", "i16" or "i8".
+func (t DType) String() string { return [...]string{"f32", "bf16", "i32", "i16", "i8"}[t] }
 
 // Buffer is a span of device memory holding Len elements of one type. Slices
 // alias their parent. A Buffer is valid until its Arena is released past it,
@@ -56,7 +54,7 @@ type Info struct {
 	Name      string // "cpu", "cuda:0"
 	Model     string // processor or card, as it names itself
 	Compute   DType  // type of weights and activations: F32 on the CPU, BF16 on CUDA
-	GradType  DType  // type of parameter gradients
+	GradType  DType  // type in which operations write parameter gradients
 	Workers   int    // CPU workers or streaming multiprocessors
 	MemTotal  int64  // bytes
 	MemFree   int64  // bytes that a job may plan with, now
@@ -77,8 +75,8 @@ type Device interface {
 	NewArena(capacity int64) (Arena, error)
 	FreeArena(Arena)
 
-	// Upload copies a host tensor (float32 or int32, any shape) into dst,
-	// rounding to nearest even when dst is BF16. Lengths must agree.
+	// Upload copies a host tensor (float32, int32, int16 or int8, any shape) into
+	// dst, rounding float32 to nearest even when dst is BF16. Lengths must agree.
 	Upload(dst Buffer, src *tensor.Dense)
 	// Download waits for the operations before it and copies src to the host tensor.
 	Download(dst *tensor.Dense, src Buffer) error
@@ -135,7 +133,10 @@ type Device interface {
 	// ClipCoef computes coef[0] = scale * min(1, maxNorm/(norm+1e-6)) with norm =
 	// scale*sqrt(sumsq[0]); maxNorm 0 means no clipping. Not finite in, NaN out.
 	ClipCoef(coef, sumsq Buffer, scale, maxNorm float32)
+	// AdamW updates weights and moments. See AdamW.
 	AdamW(AdamW)
+	// AddGrad adds a micro-batch's gradients to those kept in BF16. See AddGrad.
+	AddGrad(AddGrad)
 
 	Sealed(seal.Token)
 }
@@ -338,18 +339,4 @@ type Advantages struct {
 	Out, R []float64
 	Start  []int32
 	Scale  AdvantageScale
-}
-
-// AdamW is one step of Adam with decoupled weight decay (Loshchilov & Hutter
-// 2019, arXiv 1711.05101, as in PyTorch: p -= lr*wd*p, then the update) over
-// flat buffers. A Coef that is not finite leaves everything untouched.
-type AdamW struct {
-	P    Buffer // [n], weights
-	Rem  Buffer // I16[n], low halves of the float32 masters; nil when P is F32
-	G    Buffer // [n], gradients; multiplied by Coef
-	M, V Buffer // F32[n], moments
-	Coef Buffer // F32[1]
-
-	LR, Beta1, Beta2, Eps, WeightDecay float64
-	Step                               int64 // from 1, for bias correction
 }

@@ -227,5 +227,6 @@ func (p *PlanDevice) Advantages(Advantages)                                {}
 func (p *PlanDevice) SumSquares(out, x Buffer)                             {}
 func (p *PlanDevice) ClipCoef(coef, sumsq Buffer, scale, maxNorm float32)  {}
 func (p *PlanDevice) AdamW(AdamW)                                          {}
+func (p *PlanDevice) AddGrad(AddGrad)                                      {}
 
 var _ Device = (*PlanDevice)(nil)

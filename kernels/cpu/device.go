@@ -100,6 +100,24 @@ func anyFloats(op, name string, b kernels.Buffer) []float32 {
 	return c.f
 }
 
+// halves returns the bits of a BF16 buffer that must hold exactly n elements.
+func halves(op, name string, b kernels.Buffer, n int) []uint16 {
+	must(b != nil, op, "%s is nil", name)
+	c, ok := b.(*buffer)
+	must(ok, op, "%s is a %T, expected a buffer of the cpu device", name, b)
+	must(c.t == kernels.BF16 && len(c.u) == n, op, "%s is %d %v, expected %d bf16", name, c.Len(), c.t, n)
+	return c.u
+}
+
+// codesOf returns the values of an I8 buffer that must hold exactly n elements.
+func codesOf(op, name string, b kernels.Buffer, n int) []int8 {
+	must(b != nil, op, "%s is nil", name)
+	c, ok := b.(*buffer)
+	must(ok, op, "%s is a %T, expected a buffer of the cpu device", name, b)
+	must(c.t == kernels.I8 && len(c.b) == n, op, "%s is %d %v, expected %d i8", name, c.Len(), c.t, n)
+	return c.b
+}
+
 // optional is floats for a buffer that may be nil.
 func optional(op, name string, b kernels.Buffer, n int) []float32 {
 	if b == nil {

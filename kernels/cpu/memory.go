@@ -1,7 +1,6 @@
 package cpu
 
 import (
-	"fmt"
 	"unsafe"
 
 	"trainerd/internal/fault"
@@ -10,17 +9,20 @@ import (
 )
 
 // buffer is a span of one element type; exactly the slice of its type is set.
+// BF16 is for optimizer state and kept gradients only: nothing is computed in it.
 type buffer struct {
 	seal.Mark
 	t    kernels.DType
 	f    []float32
 	i    []int32
 	h    []int16
-	slab *slab // what to give back; nil for slices, arena memory and no elements
+	b    []int8
+	u    []uint16 // bits of BF16
+	slab *slab    // what to give back; nil for slices, arena memory and no elements
 }
 
 func (b *buffer) Type() kernels.DType { return b.t }
-func (b *buffer) Len() int            { return len(b.f) + len(b.i) + len(b.h) }
+func (b *buffer) Len() int            { return len(b.f) + len(b.i) + len(b.h) + len(b.b) + len(b.u) }
 
 func (b *buffer) Slice(from, to int) kernels.Buffer {
 	must(from >= 0 && to >= from && to <= b.Len(), "slice", "[%d,%d) of a buffer of %d", from, to, b.Len())
@@ -30,8 +32,12 @@ func (b *buffer) Slice(from, to int) kernels.Buffer {
 		s.f = b.f[from:to:to]
 	case kernels.I32:
 		s.i = b.i[from:to:to]
-	default:
+	case kernels.I16:
 		s.h = b.h[from:to:to]
+	case kernels.I8:
+		s.b = b.b[from:to:to]
+	case kernels.BF16:
+		s.u = b.u[from:to:to]
 	}
 	return s
 }
@@ -50,8 +56,10 @@ func view(t kernels.DType, n int, raw []byte) *buffer {
 		b.i = unsafe.Slice((*int32)(p), n)
 	case kernels.I16:
 		b.h = unsafe.Slice((*int16)(p), n)
-	default:
-		panic(fmt.Sprintf("alloc: the cpu device has no %v buffers, expected f32, i32 or i16", t))
+	case kernels.I8:
+		b.b = unsafe.Slice((*int8)(p), n)
+	case kernels.BF16:
+		b.u = unsafe.Slice((*uint16)(p), n)
 	}
 	return b
 }

@@ -30,14 +30,21 @@ func (d *device) Upload(dst kernels.Buffer, src *tensor.Dense) {
 	b := dst.(*buffer)
 	switch x := data.(type) {
 	case []float32:
+		if b.t == kernels.BF16 {
+			simd.F32ToBF16(halves(op, "dst", dst, len(x)), x)
+			return
+		}
 		copy(floats(op, "dst", dst, len(x)), x)
 	case []int32:
 		copy(ints(op, "dst", dst, len(x)), x)
 	case []int16:
 		must(b.t == kernels.I16 && len(b.h) == len(x), op, "dst holds %d %v, source %d int16", b.Len(), b.t, len(x))
 		copy(b.h, x)
+	case []int8:
+		must(b.t == kernels.I8 && len(b.b) == len(x), op, "dst holds %d %v, source %d int8", b.Len(), b.t, len(x))
+		copy(b.b, x)
 	default:
-		panic(fmt.Sprintf("%s: host tensor of %v, expected float32, int32 or int16", op, src.Dtype()))
+		panic(fmt.Sprintf("%s: host tensor of %v, expected float32, int32, int16 or int8", op, src.Dtype()))
 	}
 }
 
@@ -46,14 +53,21 @@ func (d *device) Download(dst *tensor.Dense, src kernels.Buffer) error {
 	b := src.(*buffer)
 	switch x := host(op, dst).(type) {
 	case []float32:
+		if b.t == kernels.BF16 {
+			simd.BF16ToF32(x, halves(op, "src", src, len(x)))
+			return nil
+		}
 		copy(x, floats(op, "src", src, len(x)))
 	case []int32:
 		copy(x, ints(op, "src", src, len(x)))
 	case []int16:
 		must(b.t == kernels.I16 && len(b.h) == len(x), op, "src holds %d %v, host tensor %d int16", b.Len(), b.t, len(x))
 		copy(x, b.h)
+	case []int8:
+		must(b.t == kernels.I8 && len(b.b) == len(x), op, "src holds %d %v, host tensor %d int8", b.Len(), b.t, len(x))
+		copy(x, b.b)
 	default:
-		panic(fmt.Sprintf("%s: host tensor of %v, expected float32, int32 or int16", op, dst.Dtype()))
+		panic(fmt.Sprintf("%s: host tensor of %v, expected float32, int32, int16 or int8", op, dst.Dtype()))
 	}
 	return nil
 }
@@ -62,15 +76,28 @@ func (d *device) Zero(dst kernels.Buffer) {
 	b := dst.(*buffer)
 	clear(b.i)
 	clear(b.h)
+	clear(b.b)
+	clear(b.u)
 	d.blocks(len(b.f), grain, func(from, to int) { clear(b.f[from:to]) })
 }
 
 func (d *device) Copy(dst, src kernels.Buffer) {
 	const op = "copy"
 	a, b := dst.(*buffer), src.(*buffer)
-	must(a.t == b.t && a.Len() == b.Len(), op, "dst is %d %v, src %d %v", a.Len(), a.t, b.Len(), b.t)
+	converts := a.t == kernels.BF16 && b.t == kernels.F32 || a.t == kernels.F32 && b.t == kernels.BF16
+	must((a.t == b.t || converts) && a.Len() == b.Len(), op, "dst is %d %v, src %d %v", a.Len(), a.t, b.Len(), b.t)
+	switch {
+	case converts && a.t == kernels.BF16:
+		d.blocks(len(a.u), grain, func(from, to int) { simd.F32ToBF16(a.u[from:to], b.f[from:to]) })
+		return
+	case converts:
+		d.blocks(len(b.u), grain, func(from, to int) { simd.BF16ToF32(a.f[from:to], b.u[from:to]) })
+		return
+	}
 	copy(a.i, b.i)
 	copy(a.h, b.h)
+	copy(a.b, b.b)
+	copy(a.u, b.u)
 	d.blocks(len(a.f), grain, func(from, to int) { copy(a.f[from:to], b.f[from:to]) })
 }
 

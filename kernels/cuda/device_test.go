@@ -190,6 +190,10 @@ func everything(t *testing.T, d kernels.Device, a kernels.Arena) {
 	d.AdamW(kernels.AdamW{P: bf(8), Rem: buffer(kernels.I16, 8), G: f32(8), M: f32(8), V: f32(8), Coef: f32(1), Step: 1})
 	d.AdamW(kernels.AdamW{P: bf(8), Rem: buffer(kernels.I16, 8), G: bf(8), M: f32(8), V: f32(8), Coef: f32(1), Step: 1})
 	d.AdamW(kernels.AdamW{P: f32(8), G: f32(8), M: f32(8), V: f32(8), Coef: f32(1), Step: 1})
+	for _, g := range []kernels.Buffer{f32(8), bf(8)} {
+		d.AdamW(kernels.AdamW{P: bf(8), Rem: buffer(kernels.I16, 8), G: g, M: buffer(kernels.I8, 8), Scale: f32(1), V: bf(8), Coef: f32(1), Step: 1})
+	}
+	d.AddGrad(kernels.AddGrad{Dst: bf(8), Src: f32(8)})
 }
 
 // TestLaunchesFitTheKernels: every launch names a kernel that exists, with

@@ -41,12 +41,19 @@ func (d *Device) AdamW(x kernels.AdamW) {
 	const op = "adamw"
 	must(x.Step >= 1, op, "Step %d, expected 1 or more", x.Step)
 	p, g := span(op, "P", x.P, kernels.BF16, kernels.F32), span(op, "G", x.G, kernels.F32, kernels.BF16)
-	n, master := p.n, p.t == kernels.F32
+	n, master, compact := p.n, p.t == kernels.F32, x.Scale != nil
 	must(master == (x.Rem == nil), op, "P is %v and Rem given: %v", p.t, x.Rem != nil)
 	must(!master || g.t == kernels.F32, op, "P is f32 and G %v", g.t)
+	must(!master || !compact, op, "P is f32 and moments are compact, expected a bf16 P")
 	must(g.n == n, op, "G holds %d elements, expected %d", g.n, n)
+	first, second := kernels.F32, kernels.F32
+	var scale address
+	if compact {
+		first, second = kernels.I8, kernels.BF16
+		scale = place(op, "Scale", x.Scale, kernels.MomentBlocks(n), kernels.F32)
+	}
 	rem := placeOr0(op, "Rem", x.Rem, n, kernels.I16)
-	m, v, coef := place(op, "M", x.M, n, kernels.F32), place(op, "V", x.V, n, kernels.F32), place(op, "Coef", x.Coef, 1, kernels.F32)
+	m, v, coef := place(op, "M", x.M, n, first), place(op, "V", x.V, n, second), place(op, "Coef", x.Coef, 1, kernels.F32)
 	if n == 0 {
 		return
 	}
@@ -54,13 +61,37 @@ func (d *Device) AdamW(x kernels.AdamW) {
 		int64(n), float32(1 - x.LR*x.WeightDecay), float32(x.Beta1), float32(1 - x.Beta1), float32(x.Beta2), float32(1 - x.Beta2),
 		float32(x.LR / (1 - math.Pow(x.Beta1, float64(x.Step)))), float32(1 / math.Sqrt(1-math.Pow(x.Beta2, float64(x.Step)))), float32(x.Eps),
 	}
-	kernel, args := "adamw_f32_gf32", []any{p.at, g.at, m, v, coef}
-	if !master {
+	var kernel string
+	var args []any
+	switch {
+	case compact:
+		key := kernels.RoundingKey(x.Seed, uint64(x.Step))
+		kernel, args = "adamw_compact_g"+g.t.String(), []any{p.at, rem, g.at, m, scale, v, coef}
+		scalars = append(scalars, x.First, int32(key.A), int32(key.B))
+	case master:
+		kernel, args = "adamw_f32_gf32", []any{p.at, g.at, m, v, coef}
+	default:
 		kernel, args = "adamw_bf16_g"+g.t.String(), []any{p.at, rem, g.at, m, v, coef}
 	}
 	args = append(args, scalars...)
 	d.enqueue(of(op, "%d elements", n), func(c driver) error {
 		return c.launch(kernel, size2{min(ceil(n, 2048), 2112), 1}, size2{256, 1}, 0, args...)
+	})
+}
+
+// AddGrad implements kernels.Device.
+func (d *Device) AddGrad(x kernels.AddGrad) {
+	const op = "add gradient"
+	src := span(op, "Src", x.Src, kernels.F32)
+	n, from, to := src.n, src.at, place(op, "Dst", x.Dst, src.n, kernels.BF16)
+	if n == 0 {
+		return
+	}
+	d.enqueue(of(op, "%d elements", n), func(c driver) error {
+		if x.Fresh {
+			return elementwise(c, "cast_f32_bf16", n, to, from)
+		}
+		return c.launch("add_gradient", size2{min(ceil(n, 2048), 2112), 1}, size2{256, 1}, 0, to, from, int64(n), x.First, int32(x.Key.A), int32(x.Key.B))
 	})
 }
 

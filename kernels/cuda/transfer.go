@@ -10,13 +10,13 @@ import (
 )
 
 // words views bytes as numbers.
-func words[T int16 | int32 | float32 | float64](b []byte) []T {
+func words[T int8 | int16 | int32 | float32 | float64](b []byte) []T {
 	var x T
 	return unsafe.Slice((*T)(unsafe.Pointer(unsafe.SliceData(b))), len(b)/int(unsafe.Sizeof(x)))
 }
 
 // raw views numbers as bytes.
-func raw[T int16 | int32 | float32 | float64](x []T) []byte {
+func raw[T int8 | int16 | int32 | float32 | float64](x []T) []byte {
 	if len(x) == 0 {
 		return nil
 	}
@@ -38,8 +38,10 @@ func host(op string, x *tensor.Dense) ([]byte, kernels.DType) {
 		return raw(data), kernels.I32
 	case []int16:
 		return raw(data), kernels.I16
+	case []int8:
+		return raw(data), kernels.I8
 	}
-	panic(fmt.Sprintf("%s: host tensor of %v, expected float32, int32 or int16", op, x.Dtype()))
+	panic(fmt.Sprintf("%s: host tensor of %v, expected float32, int32, int16 or int8", op, x.Dtype()))
 }
 
 // matched returns a buffer that must agree with a host tensor in length and, but for
@@ -149,7 +151,7 @@ func elementwise(c driver, kernel string, n int, dst, src address) error {
 
 // Zero implements kernels.Device.
 func (d *Device) Zero(dst kernels.Buffer) {
-	b := span("zero", "dst", dst, kernels.F32, kernels.BF16, kernels.I32, kernels.I16)
+	b := span("zero", "dst", dst, kernels.F32, kernels.BF16, kernels.I32, kernels.I16, kernels.I8)
 	d.fill("zero", b.at, b.bytes())
 }
 
@@ -163,7 +165,7 @@ func (d *Device) fill(op string, at address, n int64) {
 // Copy implements kernels.Device.
 func (d *Device) Copy(dst, src kernels.Buffer) {
 	const op = "copy"
-	a, b := span(op, "dst", dst, kernels.F32, kernels.BF16, kernels.I32, kernels.I16), span(op, "src", src, kernels.F32, kernels.BF16, kernels.I32, kernels.I16)
+	a, b := span(op, "dst", dst, kernels.F32, kernels.BF16, kernels.I32, kernels.I16, kernels.I8), span(op, "src", src, kernels.F32, kernels.BF16, kernels.I32, kernels.I16, kernels.I8)
 	must(a.n == b.n, op, "dst is %d %v, src %d %v", a.n, a.t, b.n, b.t)
 	if a.n == 0 {
 		return

@@ -66,6 +66,9 @@ void clip_coef(float *coef, const float *sumsq, float scale, float maxNorm);
 void adamw_bf16_gf32(bf16 *p, short *rem, const float *g, float *m, float *v, SCALARS);
 void adamw_bf16_gbf16(bf16 *p, short *rem, const bf16 *g, float *m, float *v, SCALARS);
 void adamw_f32_gf32(float *p, const float *g, float *m, float *v, SCALARS);
+void adamw_compact_gf32(bf16 *p, short *rem, const float *g, signed char *m, float *scale, bf16 *v, SCALARS, i64 first, int keyA, int keyB);
+void adamw_compact_gbf16(bf16 *p, short *rem, const bf16 *g, signed char *m, float *scale, bf16 *v, SCALARS, i64 first, int keyA, int keyB);
 #undef SCALARS
+void add_gradient(bf16 *dst, const float *src, i64 n, i64 first, int keyA, int keyB);
 void group_advantages(double *out, const double *r, const int *start, int groups, int std);
 }

@@ -1,0 +1,93 @@
+package simd
+
+import (
+	"math"
+
+	"trainerd/kernels"
+)
+
+// momentFloor is below what a block's greatest first moment is stored as zero:
+// its scale has no finite inverse soon after.
+const momentFloor = 0x1p-100
+
+// codes is 127², in which the squares of all codes are whole numbers.
+const codes = 127 * 127
+
+// AdamWCompact is AdamW on compact moments: see kernels.AdamW. All slices but
+// scale have the length of p; element 0 begins a block and has the given index.
+func AdamWCompact(p, g []float32, m []int8, scale []float32, v []uint16, c *AdamWCoef, key kernels.Key, first int64) {
+	var fresh [kernels.MomentBlock]float32
+	var random [kernels.MomentBlock]uint32
+	for b := range scale {
+		from := b * kernels.MomentBlock
+		n := min(kernels.MomentBlock, len(p)-from)
+		p, g, m, v := p[from:from+n], g[from:from+n], m[from:from+n], v[from:from+n]
+		unit := scale[b] / codes
+		peak := float32(0)
+		for i := range p {
+			random[i] = key.Bits(first + int64(from+i))
+			grad := c.Grad * g[i]
+			code := int32(m[i])
+			first := c.Beta1*(float32(code*max(code, -code))*unit) + c.Alpha1*grad
+			second := c.Beta2*math.Float32frombits(uint32(v[i])<<16) + c.Alpha2*grad*grad
+			p[i] = c.Decay*p[i] - c.StepSize*first/(float32(math.Sqrt(float64(second)))*c.InvBias2+c.Eps)
+			fresh[i] = first
+			peak = max(peak, first, -first)
+			v[i] = roundBF16(second, random[i])
+		}
+		if peak < momentFloor {
+			scale[b] = 0
+			clear(m)
+			continue
+		}
+		scale[b] = peak
+		inverse := codes / peak
+		for i := range m {
+			m[i] = momentCode(fresh[i], inverse, random[i])
+		}
+	}
+}
+
+// momentCode rounds a first moment to a code; inverse is codes over the block's scale.
+func momentCode(x, inverse float32, random uint32) int8 {
+	t := x * inverse
+	if t < 0 {
+		t = -t
+	}
+	q := int32(float32(math.Sqrt(float64(t)))) // q² <= t < (q+1)², but for the root's rounding
+	if q >= 127 {
+		q = 127
+	} else if float32(random>>16)+0.5 < (t-float32(q*q))/float32(2*q+1)*65536 {
+		q++
+	}
+	if x < 0 {
+		return int8(-q)
+	}
+	return int8(q)
+}
+
+// roundBF16 rounds to one of the two neighbours by the lower 16 random bits.
+func roundBF16(x float32, random uint32) uint16 {
+	return uint16((math.Float32bits(x) + random&0xffff) >> 16)
+}
+
+// AddGrad adds src to the BF16 values of dst, rounded by the upper random bits; see kernels.AddGrad.
+func AddGrad(dst []uint16, src []float32, key kernels.Key, first int64) {
+	src = src[:len(dst)]
+	for i, x := range src {
+		sum := math.Float32frombits(uint32(dst[i])<<16) + x
+		if sum-sum != 0 { // NaN must not round to infinity
+			dst[i] = uint16(math.Float32bits(sum)>>16) | quiet(sum)
+			continue
+		}
+		dst[i] = roundBF16(sum, key.Bits(first+int64(i))>>16)
+	}
+}
+
+// quiet is the bit that keeps the upper half of a NaN a NaN.
+func quiet(x float32) uint16 {
+	if x != x {
+		return 0x40
+	}
+	return 0
+}
