@@ -41,7 +41,7 @@ var phases = map[string]Phase{
 	"rmsnorm": PhaseElementwise, "rmsnorm backward": PhaseElementwise, "rope": PhaseElementwise, "rope backward": PhaseElementwise,
 	"swiglu": PhaseElementwise, "swiglu backward": PhaseElementwise, "gather": PhaseElementwise, "scatter add": PhaseElementwise,
 	"bias backward": PhaseElementwise, "zero": PhaseElementwise, "copy": PhaseElementwise, "lerp": PhaseElementwise,
-	"adamw": PhaseOptimizer, "sum of squares": PhaseOptimizer, "clip coefficient": PhaseOptimizer,
+	"adamw": PhaseOptimizer, "add gradient": PhaseOptimizer, "sum of squares": PhaseOptimizer, "clip coefficient": PhaseOptimizer,
 	"upload": PhaseTransfer, "download": PhaseTransfer, "layout": PhaseTransfer, "scatter": PhaseTransfer,
 	"advantages": PhaseOther,
 }

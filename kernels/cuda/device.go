@@ -2,6 +2,7 @@ package cuda
 
 import (
 	"fmt"
+	"log/slog"
 
 	"trainerd/internal/fault"
 	"trainerd/kernels"
@@ -43,10 +44,11 @@ type Device struct {
 	upSlot, upAt                      int
 	down                              []byte // pinned
 	turns                             map[turnsKey]address
+	watch                             stopwatch // the owner's alone; made by the first profile
 }
 
 // newDevice starts the owner of a card and takes what the device itself needs.
-func newDevice(info kernels.Info, open func() (driver, error)) (*Device, error) {
+func newDevice(info kernels.Info, o Options, open func() (driver, error)) (*Device, error) {
 	q, err := newQueue(open)
 	if err != nil {
 		return nil, err
@@ -56,6 +58,7 @@ func newDevice(info kernels.Info, open func() (driver, error)) (*Device, error) 
 	var failed error
 	_ = q.call(command{label: of("open", ""), run: func(c driver) error {
 		failed = d.reserveSpace(c)
+		d.choices = newChoices(o, info.Model, c.library())
 		return nil
 	}})
 	if failed != nil {

@@ -44,3 +44,5 @@ func TestEmulated(t *testing.T) {
 func TestModels(t *testing.T) { testModels(t, emulator(t)) }
 
 func TestMaster(t *testing.T) { testMaster(t, emulator(t)) }
+
+func TestProfiledStep(t *testing.T) { testProfile(t, emulator(t)) }

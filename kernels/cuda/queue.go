@@ -54,9 +54,10 @@ type queue struct {
 	drained sync.Cond // callers wait here for room
 	steps   []command
 	ended   bool
-	err     error // the first since the last take
-	lost    error // set once the context is unusable
-	since   int   // steps run since the last take, the failed one included
+	err     error    // the first since the last take
+	lost    error    // set once the context is unusable
+	since   int      // steps run since the last take, the failed one included
+	profile *profile // the owner's alone; nil unless operations are timed
 	stopped chan struct{}
 }
 
@@ -116,7 +117,12 @@ func (q *queue) step(d driver, c *command, failed bool) bool {
 			return true
 		}
 	}
-	err := c.run(d)
+	var err error
+	if q.profile == nil {
+		err = c.run(d)
+	} else {
+		err = q.profile.run(d, c)
+	}
 	q.mu.Lock()
 	defer q.mu.Unlock()
 	q.since++
