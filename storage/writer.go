@@ -5,12 +5,10 @@ import (
 	"bytes"
 	"context"
 	"crypto/rand"
-	"crypto/sha256"
 	"encoding/hex"
 	"encoding/json"
 	"errors"
 	"fmt"
-	"hash"
 	"io"
 	"slices"
 	"strconv"
@@ -119,46 +117,47 @@ func (w *Writer) stream(ctx context.Context, name string, write func(io.Writer) 
 		info Info
 		err  error
 	}
-	pr, pw := io.Pipe()
+	pipe := newConduit()
 	stored := make(chan result, 1)
 	go func() {
-		info, err := w.c.Blob.Put(ctx, w.Prefix()+"/"+name, pr, -1, Condition{})
-		// Wakes a callback that still writes; after success nobody does.
-		pr.CloseWithError(errPutEnded)
+		info, err := w.c.Blob.Put(ctx, w.Prefix()+"/"+name, pipe, -1, Condition{})
+		pipe.leave() // wakes a callback that still writes; after success nobody does
 		stored <- result{info, err}
 	}()
 	ended := false
 	defer func() {
 		if !ended { // the callback panicked: the store must not take what came for the whole file
-			pw.CloseWithError(errors.New("callback panicked"))
+			pipe.end(errors.New("callback panicked"))
 			<-stored
 		}
 	}()
 
-	d := &digester{w: pw, sum: sha256.New()}
-	// 1 MiB: the pipe hands every Write over synchronously, so that many small ones would crawl.
-	buf := bufio.NewWriterSize(d, 1<<20)
+	// Every Write is handed over synchronously, so that many small ones would crawl.
+	buf := bufio.NewWriterSize(pipe, smallWrites)
 	werr := write(buf)
 	if werr == nil {
 		werr = buf.Flush()
 	}
+	ended = true
 	if werr != nil {
-		pw.CloseWithError(&callbackError{werr})
+		pipe.end(&callbackError{werr})
 	} else {
-		pw.Close()
+		pipe.end(nil)
 	}
 	res := <-stored
-	ended = true
 	switch {
 	case werr != nil && !errors.Is(werr, errPutEnded):
 		return File{}, werr
 	case res.err != nil:
 		return File{}, res.err
-	case werr != nil || res.info.Size != d.n:
-		return File{}, fault.New(fault.Internal, "short_put", "store kept %d of %d bytes", res.info.Size, d.n)
+	case werr != nil || res.info.Size != pipe.n:
+		return File{}, fault.New(fault.Internal, "short_put", "store kept %d of %d bytes", res.info.Size, pipe.n)
 	}
-	return File{Name: name, Size: d.n, SHA256: hex.EncodeToString(d.sum.Sum(nil))}, nil
+	return File{Name: name, Size: pipe.n, SHA256: pipe.Digest()}, nil
 }
+
+// smallWrites is the size in bytes up to which writes of a callback are collected.
+const smallWrites = 64 << 10
 
 // errPutEnded is what a callback's writes get once the store has given up.
 var errPutEnded = errors.New("store ended the upload")
@@ -167,20 +166,6 @@ var errPutEnded = errors.New("store ended the upload")
 type callbackError struct{ err error }
 
 func (e *callbackError) Error() string { return e.err.Error() }
-
-// digester counts and digests what it passes on.
-type digester struct {
-	w   io.Writer
-	sum hash.Hash
-	n   int64
-}
-
-func (d *digester) Write(p []byte) (int, error) {
-	n, err := d.w.Write(p)
-	d.sum.Write(p[:n])
-	d.n += int64(n)
-	return n, err
-}
 
 // Commit writes the manifest if absent and moves latest.json by compare-and-swap,
 // unless latest already names a newer step. It fills in everything of m that the

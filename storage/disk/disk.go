@@ -147,8 +147,8 @@ func (s *Store) put(ctx context.Context, key string, r io.Reader, c storage.Cond
 	}
 	defer temp.Close()
 	defer s.root.Remove(name) // of no effect once it is renamed
-	sum := sha256.New()
-	if _, err := io.CopyBuffer(io.MultiWriter(temp, sum), r, make([]byte, 256<<10)); err != nil {
+	etag, err := fill(temp, r)
+	if err != nil {
 		return storage.Info{}, err
 	}
 	crashpoint.Reach("store.copied")
@@ -159,8 +159,6 @@ func (s *Store) put(ctx context.Context, key string, r io.Reader, c storage.Cond
 	if err != nil {
 		return storage.Info{}, err
 	}
-	etag := hex.EncodeToString(sum.Sum(nil))
-
 	unlock, err := s.lock(ctx)
 	if err != nil {
 		return storage.Info{}, err
@@ -188,6 +186,21 @@ func (s *Store) put(ctx context.Context, key string, r io.Reader, c storage.Cond
 		return storage.Info{}, err
 	}
 	return storage.Info{Key: key, Size: st.Size(), ETag: etag, Modified: st.ModTime()}, nil
+}
+
+// fill copies r to a file and returns the SHA-256 in hex, which r may have taken already.
+func fill(f *os.File, r io.Reader) (digest string, err error) {
+	if d, ok := r.(storage.Digested); ok {
+		if _, err := d.WriteTo(f); err != nil {
+			return "", err
+		}
+		return d.Digest(), nil
+	}
+	sum := sha256.New()
+	if _, err := io.CopyBuffer(io.MultiWriter(f, sum), r, make([]byte, 256<<10)); err != nil {
+		return "", err
+	}
+	return hex.EncodeToString(sum.Sum(nil)), nil
 }
 
 // clash explains the errors of a key that continues another one or is continued by one.
