@@ -94,6 +94,9 @@ type Options struct {
 	Version   string       // of trainerd, written to manifests
 	PeakFLOPS float64      // of the device, for the metric "mfu"; 0: not reported
 	Limits    Limits
+	// Dry has steps taken, checked, packed and recorded, but not computed: weights
+	// stay as they are. It is for measuring what surrounds the model.
+	Dry bool
 }
 
 // Manager owns a device, its jobs and their records.

@@ -12,6 +12,7 @@ import (
 	"trainerd/internal/crashpoint"
 	"trainerd/internal/fault"
 	"trainerd/rollout"
+	"trainerd/sagrpo"
 	"trainerd/storage"
 )
 
@@ -308,9 +309,12 @@ func (j *Job) compute(ctx context.Context, c *consumption) (StepRecord, error) {
 		}
 		c.run = run
 	}
-	metrics, done, err := c.run.Next(ctx)
-	if err != nil {
-		return StepRecord{}, err
+	metrics, done := sagrpo.Metrics{}, true
+	if !j.m.opts.Dry {
+		var err error
+		if metrics, done, err = c.run.Next(ctx); err != nil {
+			return StepRecord{}, err
+		}
 	}
 	j.weights++
 	last := done || j.spec.MaxSteps > 0 && j.weights >= j.spec.MaxSteps

@@ -205,6 +205,7 @@ func TestDestinationsAndFlagsAreRefused(t *testing.T) {
 		{[]string{"bench", "step", "--device", "cuda:0", "--workers", "2"}, "workers"},
 		{[]string{"bench", "step", "--device", "cpu", "--shape", "9t"}, "9t"},
 		{[]string{"bench", "checkpoint", "--device", "cpu", "--shape", "9t"}, "9t"},
+		{[]string{"bench", "ingest", "--batch", "30", "--group-size", "8"}, "batch"},
 		{[]string{"serve", "--no-such-flag"}, "no-such-flag"},
 		{[]string{"serve", "--listen", "0.0.0.0:0"}, "insecure"},
 		{[]string{"train"}, "train"},
@@ -232,7 +233,7 @@ func TestDestinationsAndFlagsAreRefused(t *testing.T) {
 // TestHelp runs --help of every command: each says what it does and what each flag is for.
 func TestHelp(t *testing.T) {
 	root := newRoot()
-	for _, path := range []string{"", "serve", "import", "init", "inspect", "pull", "demo", "bench", "bench step", "bench gemm", "bench checkpoint"} {
+	for _, path := range []string{"", "serve", "import", "init", "inspect", "pull", "demo", "bench", "bench step", "bench gemm", "bench checkpoint", "bench ingest"} {
 		args := append(strings.Fields(path), "--help")
 		out, _, err := command(t, args...)
 		c, _, ferr := root.Find(strings.Fields(path))
