@@ -2,7 +2,6 @@ package cuda
 
 import (
 	"fmt"
-	"log/slog"
 
 	"trainerd/internal/fault"
 	"trainerd/kernels"
@@ -48,7 +47,7 @@ type Device struct {
 }
 
 // newDevice starts the owner of a card and takes what the device itself needs.
-func newDevice(info kernels.Info, o Options, open func() (driver, error)) (*Device, error) {
+func newDevice(info kernels.Info, open func() (driver, error)) (*Device, error) {
 	q, err := newQueue(open)
 	if err != nil {
 		return nil, err
@@ -58,7 +57,6 @@ func newDevice(info kernels.Info, o Options, open func() (driver, error)) (*Devi
 	var failed error
 	_ = q.call(command{label: of("open", ""), run: func(c driver) error {
 		failed = d.reserveSpace(c)
-		d.choices = newChoices(o, info.Model, c.library())
 		return nil
 	}})
 	if failed != nil {
