@@ -135,6 +135,33 @@ func step(t *testing.T, dev kernels.Device, seed uint64) []uint32 {
 	dev.Zero(s)
 	dev.AdamW(kernels.AdamW{P: head.W, G: grad.DW, M: m, V: s, Coef: coef, LR: 1e-3, Beta1: 0.9, Beta2: 0.95, Eps: 1e-8, WeightDecay: 0.1, Step: 3})
 	take(head.W)
+
+	typed := func(t2 kernels.DType, n int) kernels.Buffer {
+		b, err := dev.Alloc("test", t2, n)
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { dev.Free(b) })
+		dev.Zero(b)
+		return b
+	}
+	kept := typed(kernels.BF16, v*d)
+	for i := range 2 {
+		dev.AddGrad(kernels.AddGrad{Dst: kept, Src: grad.DW, Fresh: i == 0, Key: kernels.RoundingKey(seed, uint64(i)), First: 256})
+	}
+	take(kept)
+	dev.Zero(sum)
+	dev.SumSquares(sum, kept)
+	take(sum)
+	compact := kernels.AdamW{P: head.W, G: kept, M: typed(kernels.I8, v*d), Scale: alloc(kernels.MomentBlocks(v * d)), V: typed(kernels.BF16, v*d), Coef: coef,
+		LR: 1e-3, Beta1: 0.9, Beta2: 0.95, Eps: 1e-8, WeightDecay: 0.1, Seed: seed, First: 256}
+	dev.Zero(compact.Scale)
+	for compact.Step = 1; compact.Step <= 3; compact.Step++ { // the third sees what the first two have rounded
+		dev.AdamW(compact)
+	}
+	take(head.W)
+	take(compact.Scale)
+	take(compact.V)
 	return bits
 }
 

@@ -136,7 +136,15 @@ func TestShapeErrorsPanic(t *testing.T) {
 		}},
 		{"adamw ... Step 0", func() { dev.AdamW(kernels.AdamW{P: f(2), G: f(2), M: f(2), V: f(2), Coef: f(1)}) }},
 		{"slice ... [2,5) of a buffer of 4", func() { f(4).Slice(2, 5) }},
-		{"no bf16 buffers", func() { buf(kernels.BF16, 4) }},
+		{"gemm ... A is bf16, expected f32", func() {
+			dev.Gemm(kernels.Gemm{A: buf(kernels.BF16, 6), B: f(12), C: f(8), M: 2, N: 4, K: 3})
+		}},
+		{"adamw ... M is 2 f32, expected 2 i8", func() {
+			dev.AdamW(kernels.AdamW{P: f(2), G: f(2), M: f(2), Scale: f(1), V: buf(kernels.BF16, 2), Coef: f(1), Step: 1})
+		}},
+		{"adamw ... Scale holds 1 elements, expected 2", func() {
+			dev.AdamW(kernels.AdamW{P: f(129), G: f(129), M: buf(kernels.I8, 129), Scale: f(1), V: buf(kernels.BF16, 129), Coef: f(1), Step: 1})
+		}},
 		{"free ... is a slice", func() { dev.Free(f(4).Slice(0, 2)) }},
 	} {
 		func() {

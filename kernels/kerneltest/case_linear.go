@@ -17,7 +17,7 @@ func transferCases(e *env) {
 				x[i] = float64(float32(e.rng.NormFloat64() * math.Pow(10, float64(e.rng.IntN(60)-30))))
 			}
 			x[0] = math.Inf(-1)
-			for _, t := range []kernels.DType{kernels.F32, e.act} {
+			for _, t := range []kernels.DType{kernels.F32, kernels.BF16} {
 				want := make([]float64, n)
 				for i, v := range x {
 					want[i] = round(t, v)
@@ -26,10 +26,10 @@ func transferCases(e *env) {
 				e.same("round trip", e.read(b), want)
 				from, to := n/3, n-n/4
 				e.same("slice", e.read(b.Slice(from, to)), want[from:to])
-				c := e.poisoned(e.act, n)
+				c := e.poisoned(kernels.BF16, n)
 				e.dev.Copy(c, b)
 				for i := range want {
-					want[i] = round(e.act, want[i])
+					want[i] = round(kernels.BF16, want[i])
 				}
 				e.same("copy", e.read(c), want)
 				back := e.poisoned(kernels.F32, n)
@@ -52,6 +52,19 @@ func transferCases(e *env) {
 					e.Fatalf("[%d] is %d, expected %d", i, got[i], x[i])
 				}
 			}
+		})
+		e.sub(1, label("int8/%d", n), func(e *env) {
+			x := make([]int8, n)
+			for i := range x {
+				x[i] = int8(e.rng.Uint32())
+			}
+			b, c := e.loadCodes(x), e.loadCodes(make([]int8, n))
+			e.dev.Copy(c, b)
+			e.same("copy", floatsOf(e.readCodes(c)), floatsOf(x))
+			from, to := n/3, n-n/4
+			e.dev.Zero(b.Slice(from, to))
+			clear(x[from:to])
+			e.same("zero of a slice", floatsOf(e.readCodes(b)), floatsOf(x))
 		})
 		e.sub(1, label("lerp/%d", n), func(e *env) {
 			x, y := e.normal(e.act, n, 1), e.normal(e.act, n, 3)
