@@ -218,41 +218,52 @@ func lay(groups []Group, pieces []piece, bin []int) Packed {
 			N += len(groups[pieces[i].group].Rollouts[r].Completion)
 		}
 	}
+	// One allocation: the four live and die together.
+	back := make([]int32, 2*T+2*N)
+	part := func(n int) (out []int32) {
+		out, back = back[:n:n], back[n:]
+		return out
+	}
 	p := Packed{
-		Tokens:    make([]int32, 0, T),
-		Positions: make([]int32, 0, T),
+		Tokens:    part(T),
+		Positions: part(T),
 		Segments:  make([]Segment, 0, S),
-		Rows:      make([]int32, 0, N),
-		Targets:   make([]int32, 0, N),
+		Rows:      part(N),
+		Targets:   part(N),
 		Spans:     make([]Span, 0, R),
+	}
+	at, row := 0, 0 // in Tokens and Positions, in Rows and Targets
+	segment := func(tokens []int32, position, prefix int) {
+		p.Segments = append(p.Segments, Segment{Start: at, Len: len(tokens), Prefix: prefix})
+		copy(p.Tokens[at:], tokens)
+		count(p.Positions[at:at+len(tokens)], position)
+		at += len(tokens)
 	}
 	for _, i := range bin {
 		group := &groups[pieces[i].group]
 		prefix := len(p.Segments)
-		p.segment(group.Prompt, 0, -1)
-		last := int32(len(p.Tokens) - 1) // predicts the first token of every completion
+		segment(group.Prompt, 0, -1)
+		last := int32(at - 1) // predicts the first token of every completion
 		for _, r := range pieces[i].rollouts {
 			c := group.Rollouts[r].Completion
-			p.Spans = append(p.Spans, Span{Group: pieces[i].group, Rollout: r, Start: len(p.Rows), Len: len(c)})
-			p.Rows = append(p.Rows, last)
-			p.Targets = append(p.Targets, c...)
-			if len(c) == 1 {
-				continue
+			p.Spans = append(p.Spans, Span{Group: pieces[i].group, Rollout: r, Start: row, Len: len(c)})
+			copy(p.Targets[row:], c)
+			p.Rows[row] = last
+			count(p.Rows[row+1:row+len(c)], at)
+			row += len(c)
+			if len(c) > 1 {
+				segment(c[:len(c)-1], len(group.Prompt), prefix)
 			}
-			start := int32(len(p.Tokens))
-			for t := range int32(len(c) - 1) {
-				p.Rows = append(p.Rows, start+t)
-			}
-			p.segment(c[:len(c)-1], len(group.Prompt), prefix)
 		}
 	}
 	return p
 }
 
-func (p *Packed) segment(tokens []int32, position, prefix int) {
-	p.Segments = append(p.Segments, Segment{Start: len(p.Tokens), Len: len(tokens), Prefix: prefix})
-	p.Tokens = append(p.Tokens, tokens...)
-	for t := range tokens {
-		p.Positions = append(p.Positions, int32(position+t))
+// count writes from, from+1, from+2, ...
+func count(out []int32, from int) {
+	v := int32(from)
+	for i := range out {
+		out[i] = v
+		v++
 	}
 }

@@ -32,6 +32,7 @@ type Engine struct {
 	cost       cost
 	memory     func() int64     // bytes the model holds on its device
 	now        func() time.Time // for timings only
+	counted    []int32          // 0, 1, 2, ...; see ordinals
 }
 
 // NewEngine checks the settings against the model. The model must have been
@@ -84,7 +85,15 @@ func (e *Engine) Consume(ctx context.Context, groups []rollout.Group, step int64
 		return nil, fault.New(fault.Invalid, "no_groups", "consume groups: there are none")
 	}
 	o := e.set.Objective
-	var rows []*row // of the whole step, in the order of groups
+	count, longest := 0, 0
+	for g := range groups {
+		count += len(groups[g].Rollouts)
+		for i := range groups[g].Rollouts {
+			longest = max(longest, len(groups[g].Rollouts[i].Completion))
+		}
+	}
+	ordinals := e.ordinals(longest)
+	rows := make([]*row, 0, count) // of the whole step, in the order of groups
 	for g := range groups {
 		group := &groups[g]
 		if len(group.Rollouts) == 0 {
@@ -95,7 +104,7 @@ func (e *Engine) Consume(ctx context.Context, groups []rollout.Group, step int64
 				return nil, err
 			}
 			r := &row{group: group, index: i}
-			r.activate(o)
+			r.activate(o, ordinals)
 			r.oldSampler = e.loss.rule.rewards && o.OldLogProbs != OldTrainer && r.sampler != nil
 			rows = append(rows, r)
 		}
@@ -164,12 +173,12 @@ func (e *Engine) admit(group *rollout.Group, i int) error {
 		return bad("loss_weights", len(r.LossWeights), fmt.Sprintf("%d values, one per token", n))
 	}
 	for t, p := range r.SamplerLogProbs {
-		if active(t) && !finite(float64(p)) {
+		if !finite(float64(p)) && active(t) {
 			return bad(fmt.Sprintf("sampler_logprobs[%d]", t), p, "a finite number where the loss is not masked")
 		}
 	}
 	for t, w := range r.LossWeights {
-		if active(t) && (!finite(float64(w)) || w < 0) {
+		if (!finite(float64(w)) || w < 0) && active(t) {
 			return bad(fmt.Sprintf("loss_weights[%d]", t), w, "a finite number, 0 or more")
 		}
 	}

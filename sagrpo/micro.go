@@ -53,25 +53,47 @@ func cut(rows []*row, maxTokens int, cost cost) ([]micro, error) {
 	if err != nil {
 		return nil, err
 	}
-	var micros []micro
+	micros := make([]micro, 0, len(packed))
 	for i := range packed {
 		p := &packed[i]
 		m := micro{batch: model.Batch{Tokens: p.Tokens, Positions: p.Positions, Segments: make([]model.Segment, len(p.Segments))}}
 		for k, s := range p.Segments {
 			m.batch.Segments[k] = model.Segment(s)
 		}
+		whole := true // every token of every completion is predicted
 		for _, s := range p.Spans {
-			r := members[s.Group][s.Rollout]
-			m.spans = append(m.spans, span{row: r, start: len(m.batch.Rows)})
-			for _, t := range r.active {
-				m.batch.Rows = append(m.batch.Rows, p.Rows[s.Start+int(t)])
-				m.batch.Targets = append(m.batch.Targets, p.Targets[s.Start+int(t)])
+			whole = whole && len(members[s.Group][s.Rollout].active) == s.Len
+		}
+		m.spans = make([]span, 0, len(p.Spans))
+		if whole {
+			m.batch.Rows, m.batch.Targets = p.Rows, p.Targets
+			for _, s := range p.Spans {
+				m.spans = append(m.spans, span{row: members[s.Group][s.Rollout], start: s.Start})
 			}
+		} else {
+			m.predict(p, members)
 		}
 		m.flops = cost.forward(&m.batch)
 		micros = append(micros, m)
 	}
 	return micros, nil
+}
+
+// predict takes the predictions of active tokens.
+func (m *micro) predict(p *rollout.Packed, members [][]*row) {
+	n := 0
+	for _, s := range p.Spans {
+		n += len(members[s.Group][s.Rollout].active)
+	}
+	m.batch.Rows, m.batch.Targets = make([]int32, 0, n), make([]int32, 0, n)
+	for _, s := range p.Spans {
+		r := members[s.Group][s.Rollout]
+		m.spans = append(m.spans, span{row: r, start: len(m.batch.Rows)})
+		for _, t := range r.active {
+			m.batch.Rows = append(m.batch.Rows, p.Rows[s.Start+int(t)])
+			m.batch.Targets = append(m.batch.Targets, p.Targets[s.Start+int(t)])
+		}
+	}
 }
 
 // cost counts the useful arithmetic of a model: matrix products of every token,

@@ -38,9 +38,9 @@ type row struct {
 	group   *rollout.Group
 	index   int // in group.Rollouts
 	adv     float64
-	active  []int32   // positions in the completion
+	active  []int32   // positions in the completion; shared by rows that have no mask
 	weight  []float32 // share of each token in the loss, never 0
-	sampler []float32 // the sampler's log-probs; nil when the column is absent
+	sampler []float32 // the sampler's log-probs; nil when the column is absent; the rollout's own where all tokens are active
 	first   []float32 // the trainer's at the first consumption; nil before it
 	ref     []float32 // the reference's; nil until computed, and after the reference moved
 
@@ -57,16 +57,31 @@ func (r *row) old() []float32 {
 
 // activate finds the row's active tokens: those that the policy wrote
 // (loss_mask), of a completion that counts (mask_truncated), with a weight.
-func (r *row) activate(o Objective) {
+// ordinals are 0, 1, 2, ... as far as any completion goes, and stay as they are.
+func (r *row) activate(o Objective, ordinals []int32) {
 	src := &r.group.Rollouts[r.index]
 	if o.MaskTruncated && src.Truncated {
 		return
 	}
+	n := len(src.Completion)
+	if src.LossMask == nil && src.LossWeights == nil { // all are, and nothing has to be copied
+		r.active, r.sampler = ordinals[:n:n], src.SamplerLogProbs
+		return
+	}
+	off := func(t int) bool {
+		return src.LossMask != nil && !src.LossMask[t] || src.LossWeights != nil && src.LossWeights[t] == 0
+	}
+	left := n
 	for t := range src.Completion {
-		if src.LossMask != nil && !src.LossMask[t] || src.LossWeights != nil && src.LossWeights[t] == 0 {
-			continue
+		if off(t) {
+			left--
 		}
-		r.active = append(r.active, int32(t))
+	}
+	r.active = make([]int32, 0, left)
+	for t := range src.Completion {
+		if !off(t) {
+			r.active = append(r.active, int32(t))
+		}
 	}
 	if src.SamplerLogProbs != nil {
 		r.sampler = make([]float32, len(r.active))
@@ -74,6 +89,17 @@ func (r *row) activate(o Objective) {
 			r.sampler[i] = src.SamplerLogProbs[t]
 		}
 	}
+}
+
+// ordinals returns 0 to at least n-1. Nobody may write to them.
+func (e *Engine) ordinals(n int) []int32 {
+	if len(e.counted) < n {
+		e.counted = make([]int32, n)
+		for i := range e.counted {
+			e.counted[i] = int32(i)
+		}
+	}
+	return e.counted
 }
 
 // weigh gives every active token of a step's rows its share of the loss. The
@@ -85,6 +111,11 @@ func (l *loss) weigh(rows []*row, groups int) {
 	for _, r := range rows {
 		total += r.mass(l.rule.share)
 	}
+	tokens := 0
+	for _, r := range rows {
+		tokens += len(r.active)
+	}
+	back := make([]float32, tokens) // of all rows
 	for _, r := range rows {
 		var share float64
 		switch l.rule.share {
@@ -97,13 +128,18 @@ func (l *loss) weigh(rows []*row, groups int) {
 		case shareActive, shareWeighted:
 			share = 1 / total
 		}
-		r.weight = make([]float32, len(r.active))
-		for i, t := range r.active {
-			w := 1.0
-			if weights := r.group.Rollouts[r.index].LossWeights; weights != nil {
-				w = float64(weights[t])
+		n := len(r.active)
+		r.weight, back = back[:n:n], back[n:]
+		weights := r.group.Rollouts[r.index].LossWeights
+		if weights == nil {
+			even := float32(share)
+			for i := range r.weight {
+				r.weight[i] = even
 			}
-			r.weight[i] = float32(w * share)
+			continue
+		}
+		for i, t := range r.active {
+			r.weight[i] = float32(float64(weights[t]) * share)
 		}
 	}
 }

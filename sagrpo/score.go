@@ -31,10 +31,7 @@ func (e *Engine) Score(ctx context.Context, rows []rollout.Rollout) ([]model.Sco
 				return nil, fault.BadRow("completion_tokens", at, fmt.Sprintf("%d tokens with the prompt", need+1),
 					fmt.Sprintf("at most %d (batch.max_tokens_per_micro_batch)", e.set.MaxTokens+1))
 			}
-			r := &row{group: &groups[g], index: i, active: make([]int32, n)}
-			for t := range r.active {
-				r.active[t] = int32(t)
-			}
+			r := &row{group: &groups[g], index: i, active: e.ordinals(n)[:n:n]}
 			all = append(all, r)
 			place[r] = at
 		}
