@@ -25,11 +25,11 @@ func adamWCases(e *env) {
 			}
 		}
 	}
-	e.sub(300*4096, "adamw compact/moments do not stall", stalling)
+	e.sub(1, "adamw compact/moments do not stall", stalling)
 	for _, n := range []int{0, 1, 19, 1000, 70001, 1 << 22} {
 		e.sub(float64(n)*perElement, label("add gradient/%d", n), func(e *env) { e.addGrad(n, int64(n)<<20) })
 	}
-	e.sub(600*4096, "add gradient/small addends are not lost", smallAddends)
+	e.sub(1, "add gradient/small addends are not lost", smallAddends)
 }
 
 // weight takes a weight, and its remainder on a device that has them, which start as exact float32 masters.
