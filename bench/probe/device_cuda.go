@@ -8,7 +8,7 @@ import (
 )
 
 func openCUDA(n int) (kernels.Device, error) {
-	d, err := cuda.Open(n)
+	d, err := cuda.Open(n, cuda.Options{})
 	if err != nil {
 		return nil, err
 	}

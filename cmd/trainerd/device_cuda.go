@@ -11,7 +11,7 @@ import (
 const cudaBuilt = true
 
 func openCUDA(n int) (kernels.Device, error) {
-	d, err := cuda.Open(n)
+	d, err := cuda.Open(n, cuda.Options{})
 	if err != nil {
 		return nil, err // not d: a nil *cuda.Device is not a nil kernels.Device
 	}

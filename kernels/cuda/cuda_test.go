@@ -16,7 +16,7 @@ var cardFlag = flag.Int("cuda.card", 0, "number of the card to test")
 // open takes the card. There is no skipping: this suite is run where a GPU is.
 func open(t *testing.T) *Device {
 	t.Helper()
-	d, err := Open(*cardFlag)
+	d, err := Open(*cardFlag, Options{})
 	if err != nil {
 		t.Fatalf("this suite needs a GPU: %v", err)
 	}
@@ -48,7 +48,7 @@ func TestReopen(t *testing.T) {
 	if err := d.Sync(); err == nil {
 		t.Error("a lost device works again")
 	}
-	e, err := Open(*cardFlag)
+	e, err := Open(*cardFlag, Options{})
 	if err == nil {
 		testMaster(t, e)
 		if err := e.Close(); err != nil {
@@ -66,7 +66,7 @@ func TestReopen(t *testing.T) {
 // TestCardNumber: a card that is not there is named with those that are.
 func TestCardNumber(t *testing.T) {
 	open(t)
-	if _, err := Open(77); err == nil || !strings.Contains(err.Error(), "cuda:77") {
+	if _, err := Open(77, Options{}); err == nil || !strings.Contains(err.Error(), "cuda:77") {
 		t.Errorf("cuda:77 gives %v", err)
 	}
 }

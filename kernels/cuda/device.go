@@ -2,6 +2,7 @@ package cuda
 
 import (
 	"fmt"
+	"log/slog"
 
 	"trainerd/internal/fault"
 	"trainerd/kernels"
@@ -44,10 +45,23 @@ type Device struct {
 	down                              []byte // pinned
 	turns                             map[turnsKey]address
 	watch                             stopwatch // the owner's alone; made by the first profile
+	choices                           *choices
+}
+
+// Options are what a caller may choose about a card.
+type Options struct {
+	// Timed chooses cuBLASLt's algorithms by timing them, once per class of
+	// products; otherwise each shape takes the library's favourite.
+	Timed bool
+	// Choices is the file that keeps what timing chose, so that the next process
+	// on this machine chooses the same; empty: it is forgotten.
+	Choices string
+	// Log gets a warning when the file cannot be used; nil: slog.Default.
+	Log *slog.Logger
 }
 
 // newDevice starts the owner of a card and takes what the device itself needs.
-func newDevice(info kernels.Info, open func() (driver, error)) (*Device, error) {
+func newDevice(info kernels.Info, o Options, open func() (driver, error)) (*Device, error) {
 	q, err := newQueue(open)
 	if err != nil {
 		return nil, err
@@ -57,6 +71,7 @@ func newDevice(info kernels.Info, open func() (driver, error)) (*Device, error) 
 	var failed error
 	_ = q.call(command{label: of("open", ""), run: func(c driver) error {
 		failed = d.reserveSpace(c)
+		d.choices = newChoices(o, info.Model, c.library())
 		return nil
 	}})
 	if failed != nil {

@@ -8,6 +8,7 @@ import (
 	"strconv"
 	"strings"
 	"testing"
+	"time"
 
 	"gorgonia.org/tensor"
 
@@ -43,7 +44,8 @@ func (r *recorder) alloc(n int64) (address, error) {
 func (r *recorder) free(address) error                     { r.freed++; return nil }
 func (r *recorder) memory() (free, total int64, err error) { return r.room, 1 << 40, nil }
 func (r *recorder) pinned(n int) ([]byte, error)           { return make([]byte, n), nil }
-func (r *recorder) product(p product) error                { r.products = append(r.products, p); return nil }
+func (r *recorder) admits(product, algorithm) error        { return nil }
+func (r *recorder) library() versions                      { return versions{} }
 func (r *recorder) fill(address, byte, int64) error        { return nil }
 func (r *recorder) move(dst, src address, n int64) error   { return nil }
 func (r *recorder) upload(dst address, src []byte) error   { return nil }
@@ -59,6 +61,15 @@ func (r *recorder) download(dst []byte, src address) error {
 	return nil
 }
 
+func (r *recorder) product(p product, _ algorithm) error {
+	r.products = append(r.products, p)
+	return nil
+}
+func (r *recorder) algorithms(product) ([]algorithm, error) { return []algorithm{{1}}, nil }
+func (r *recorder) elapsed(run func() error) (time.Duration, error) {
+	return time.Microsecond, run()
+}
+
 func (r *recorder) launch(kernel string, grid, block size2, shared int, args ...any) error {
 	l := launched{kernel: kernel, grid: grid, block: block, shared: shared}
 	for _, a := range args {
@@ -71,7 +82,7 @@ func (r *recorder) launch(kernel string, grid, block size2, shared int, args ...
 func record(t *testing.T) (*Device, *recorder) {
 	t.Helper()
 	r := &recorder{next: 1 << 20, room: 1 << 40, fail: map[string]error{}}
-	d, err := newDevice(kernels.Info{Name: "cuda:0", Model: "recorder"}, func() (driver, error) { return r, nil })
+	d, err := newDevice(kernels.Info{Name: "cuda:0", Model: "recorder"}, Options{}, func() (driver, error) { return r, nil })
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -154,6 +165,7 @@ func everything(t *testing.T, d kernels.Device, a kernels.Arena) {
 	d.BiasBackward(f32(40), bf(40*70), 70, 40, true)
 	d.BiasBackward(bf(40), bf(40*70), 70, 40, false)
 	d.Gemm(kernels.Gemm{A: bf(6), B: bf(12), C: bf(8), M: 2, N: 4, K: 3, Bias: bf(4)})
+	d.Gemm(kernels.Gemm{A: bf(0), B: bf(0), C: bf(8), M: 2, N: 4})
 	for _, width := range []int{64, 2048} {
 		d.RMSNorm(kernels.Norm{Out: bf(5 * width), Rstd: f32(5), X: bf(5 * width), Add: bf(5 * width), Sum: bf(5 * width), W: bf(width), T: 5, D: width, Eps: 1e-6})
 		d.RMSNormBackward(kernels.NormBackward{DX: bf(5 * width), DW: f32(width), DY: bf(5 * width), X: bf(5 * width), W: bf(width), Rstd: f32(5), T: 5, D: width})

@@ -1,5 +1,11 @@
 package cuda
 
+import (
+	"errors"
+	"fmt"
+	"time"
+)
+
 // address is a place in device memory; 0 is none.
 type address = uint64
 
@@ -19,7 +25,18 @@ type driver interface {
 
 	// launch runs a kernel; args are address, int32, int64 or float32, in the kernel's order.
 	launch(kernel string, grid, block size2, shared int, args ...any) error
-	product(product) error
+	// product computes by one of the library's algorithms. An error that wraps
+	// errUnsupported means that nothing was done.
+	product(product, algorithm) error
+	// algorithms lists the ways to compute a product, the library's favourite first.
+	algorithms(product) ([]algorithm, error)
+	// admits says whether an algorithm from another day fits a product.
+	admits(product, algorithm) error
+	// elapsed is the time on the card of what run enqueues; it waits for it.
+	elapsed(run func() error) (time.Duration, error)
+	// library names the versions that algorithms belong to.
+	library() versions
+
 	// fill sets n bytes to the value.
 	fill(dst address, value byte, n int64) error
 	move(dst, src address, n int64) error
@@ -37,6 +54,17 @@ type driver interface {
 	close() error
 }
 
+// algorithm is how cuBLASLt computes a product, in its own writing: a block that is
+// to be used with the same version of the library only.
+type algorithm [8]uint64
+
+// versions are the driver's and cuBLASLt's, as they number themselves.
+type versions struct{ driver, cublasLt int }
+
+// errUnsupported is what a driver's product, algorithms and admits wrap when
+// cuBLASLt does not compute a product so, or at all.
+var errUnsupported = errors.New("cuBLASLt does not support this")
+
 // product is a matrix product as cuBLASLt sees it, all matrices in column-major
 // order: C[m,n] = op(A)[m,k]·op(B)[k,n] (+ C) (+ bias[m] on every column).
 // A and B are bf16.
@@ -50,4 +78,9 @@ type product struct {
 	bias           address // bf16[m]; 0: none
 	workspace      address
 	workspaceBytes int64
+}
+
+func (p product) String() string {
+	return fmt.Sprintf("a product, columns first, m %d n %d k %d, lda %d ldb %d ldc %d, transposed %v %v, float32 result %v, bias %v",
+		p.m, p.n, p.k, p.lda, p.ldb, p.ldc, p.transA, p.transB, p.float32C, p.bias != 0)
 }

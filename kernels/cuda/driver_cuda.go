@@ -3,7 +3,6 @@
 package cuda
 
 /*
-#cgo LDFLAGS: -ldl
 #include "shim.h"
 #include <stdlib.h>
 */
@@ -14,6 +13,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"time"
 	"unsafe"
 
 	"gorgonia.org/cu"
@@ -26,7 +26,7 @@ import (
 var fatbins embed.FS
 
 // Open takes card number n of the machine.
-func Open(n int) (*Device, error) {
+func Open(n int, o Options) (*Device, error) {
 	f := found{index: n, built: C.CUDA_VERSION}
 	var text [512]C.char
 	if f.status = int(C.trainerd_driver_status(&text[0], C.int(len(text)))); f.status < 0 {
@@ -62,7 +62,7 @@ func Open(n int) (*Device, error) {
 	if err := f.checkCard(); err != nil {
 		return nil, err
 	}
-	return newDevice(info, func() (driver, error) { return openCard(f, card) })
+	return newDevice(info, o, func() (driver, error) { return openCard(f, card) })
 }
 
 // card is a driver on a CUDA context of its own.
@@ -73,9 +73,10 @@ type card struct {
 	modules []cu.Module
 	kernels map[string]*kernel
 	pins    []unsafe.Pointer
-	lt      *C.lt
-	plans   map[planKey]*C.lt_plan
-	buf     []byte // of the launch being made
+	blas    *blas
+	driver  int       // its version
+	trial   stopwatch // of elapsed; nil until then
+	buf     []byte    // of the launch being made
 }
 
 // kernel is a function with the dynamic shared memory it may use so far.
@@ -89,7 +90,7 @@ const defaultShared = 48 << 10
 
 // openCard runs on the thread that will own the context.
 func openCard(f found, dev cu.Device) (_ driver, err error) {
-	c := &card{events: map[int]cu.Event{}, kernels: map[string]*kernel{}, plans: map[planKey]*C.lt_plan{}, buf: make([]byte, 0, 512)}
+	c := &card{events: map[int]cu.Event{}, kernels: map[string]*kernel{}, driver: f.driver, buf: make([]byte, 0, 512)}
 	if c.context, err = dev.MakeContext(cu.SchedAuto); err != nil {
 		if errors.Is(err, cu.OutOfMemory) {
 			return nil, fault.New(fault.TooLarge, "out_of_memory", "open cuda:%d: no memory for a context on %s: another process holds it", f.index, f.model)
@@ -107,10 +108,8 @@ func openCard(f found, dev cu.Device) (_ driver, err error) {
 	if err = c.load(f); err != nil {
 		return nil, err
 	}
-	var text [512]C.char
-	if c.lt = C.lt_open(&text[0], C.int(len(text))); c.lt == nil {
-		return nil, fault.New(fault.Unavailable, "no_cublaslt", "open cuda:%d: cuBLASLt is missing (install cuBLAS of CUDA 13 or 12, or name its folder in LD_LIBRARY_PATH): %s",
-			f.index, C.GoString(&text[0]))
+	if c.blas, err = openBlas(""); err != nil {
+		return nil, fault.New(fault.Unavailable, "no_cublaslt", "open cuda:%d: cuBLASLt is missing (install cuBLAS of CUDA 13 or 12, or name its folder in LD_LIBRARY_PATH): %w", f.index, err)
 	}
 	return c, nil
 }
@@ -262,53 +261,44 @@ func (c *card) wait(event int) error { return c.events[event].Synchronize() }
 
 func (c *card) sync() error { return c.stream.Synchronize() }
 
-// planKey is what the choice of an algorithm depends on.
-type planKey struct {
-	m, n, k, lda, ldb, ldc           int
-	transA, transB, float32C, bias   bool
-	alignA, alignB, alignC, alignBia uint8 // powers of two
+func (c *card) algorithms(p product) ([]algorithm, error) { return c.blas.algorithms(p) }
+
+func (c *card) admits(p product, a algorithm) error { return c.blas.admits(p, a) }
+
+func (c *card) library() versions { return versions{c.driver, c.blas.version()} }
+
+func (c *card) product(p product, a algorithm) error {
+	err := c.blas.run(p, a, unsafe.Pointer(c.raw()))
+	if err == nil || errors.Is(err, errUnsupported) {
+		return err
+	}
+	// cuBLASLt has one status for all that goes wrong on the card; whether the context survived is the driver's to say.
+	return errors.Join(err, c.stream.Synchronize())
 }
 
-// power returns the greatest power of two, at most 256, that divides an address, as its exponent.
-func power(a address) uint8 {
-	p := uint8(0)
-	for p < 8 && a>>p&1 == 0 {
-		p++
+func (c *card) elapsed(run func() error) (time.Duration, error) {
+	if c.trial == nil {
+		c.trial = c.stopwatch()
 	}
-	return p
-}
-
-// product runs cuBLASLt's best algorithm for the shape, chosen once.
-func (c *card) product(p product) error {
-	key := planKey{p.m, p.n, p.k, p.lda, p.ldb, p.ldc, p.transA, p.transB, p.float32C, p.bias != 0, power(p.a), power(p.b), power(p.c), power(p.bias)}
-	plan := c.plans[key]
-	if plan == nil {
-		s := C.lt_shape{
-			m: C.int64_t(p.m), n: C.int64_t(p.n), k: C.int64_t(p.k), lda: C.int64_t(p.lda), ldb: C.int64_t(p.ldb), ldc: C.int64_t(p.ldc),
-			trans_a: C.int(flag32(p.transA)), trans_b: C.int(flag32(p.transB)), float32_c: C.int(flag32(p.float32C)), has_bias: C.int(flag32(p.bias != 0)),
-			align_a: 1 << key.alignA, align_b: 1 << key.alignB, align_c: 1 << key.alignC, workspace: C.size_t(p.workspaceBytes),
-		}
-		if r := C.lt_plan_make(c.lt, &s, C.CUdeviceptr(p.bias), &plan); r != 0 {
-			return fmt.Errorf("cuBLASLt has no algorithm (status %d) for columns-first m %d n %d k %d, lda %d ldb %d ldc %d, transposed %v %v, float32 result %v, bias %v",
-				int(r), p.m, p.n, p.k, p.lda, p.ldb, p.ldc, p.transA, p.transB, p.float32C, p.bias != 0)
-		}
-		c.plans[key] = plan
+	c.trial.start()
+	if err := c.trial.stamp(); err != nil {
+		return 0, err
 	}
-	r := C.lt_plan_run(c.lt, plan, C.CUdeviceptr(p.a), C.CUdeviceptr(p.b), C.CUdeviceptr(p.c), C.int(flag32(p.accumulate)), C.CUdeviceptr(p.bias), C.CUdeviceptr(p.workspace), c.raw())
-	if r != 0 {
-		return fmt.Errorf("cuBLASLt fails with status %d", int(r))
+	if err := run(); err != nil {
+		return 0, err
 	}
-	return nil
+	if err := c.trial.stamp(); err != nil {
+		return 0, err
+	}
+	_, seconds, err := c.trial.read()
+	return time.Duration(seconds * 1e9), err
 }
 
 // close destroys the context, which frees all of its memory, streams and modules,
 // whatever state they are in.
 func (c *card) close() error {
-	for _, p := range c.plans {
-		C.lt_plan_free(c.lt, p)
-	}
-	if c.lt != nil {
-		C.lt_close(c.lt)
+	if c.blas != nil {
+		c.blas.close()
 	}
 	for _, p := range c.pins {
 		C.tr_unpin(p)

@@ -3,51 +3,69 @@
 package cuda
 
 /*
-#cgo LDFLAGS: -ldl
 #include <dlfcn.h>
 #include <stdlib.h>
 typedef int (*launch_fn)(const char *, unsigned, unsigned, unsigned, unsigned, unsigned, const void *, size_t);
 static int launch(void *f, const char *name, unsigned gx, unsigned gy, unsigned bx, unsigned by, unsigned shared, const void *args, size_t size) {
 	return ((launch_fn)f)(name, gx, gy, bx, by, shared, args, size);
 }
+static unsigned long long ticks(void *f) { return ((unsigned long long (*)(void))f)(); }
 */
 import "C"
 
 import (
-	"errors"
 	"fmt"
-	"math"
+	"path/filepath"
 	"syscall"
+	"time"
 	"unsafe"
 
 	"trainerd/kernels"
 )
 
-// OpenEmulated takes a device whose memory is the host's and whose kernels run on
-// the emulator in the given library; products are plain loops.
-func OpenEmulated(library string) (*Device, error) {
-	return newDevice(kernels.Info{Name: "cuda:emulated", Model: "emulator", Workers: 1}, func() (driver, error) {
-		name := C.CString(library)
-		defer C.free(unsafe.Pointer(name))
-		lib := C.dlopen(name, C.RTLD_NOW)
-		if lib == nil {
-			return nil, fmt.Errorf("open the emulator: %s", C.GoString(C.dlerror()))
+// OpenEmulated takes a device whose memory is the host's, whose kernels run on the
+// emulator of a folder (emulator/build.sh), and whose products are the stand-in's for cuBLASLt there.
+func OpenEmulated(folder string, o Options) (*Device, error) {
+	return newDevice(kernels.Info{Name: "cuda:emulated", Model: "emulator", Workers: 1}, o, func() (driver, error) {
+		launch, err := symbol(filepath.Join(folder, "libemulated.so"), "emulated_launch")
+		if err != nil {
+			return nil, err
 		}
-		symbol := C.CString("emulated_launch")
-		defer C.free(unsafe.Pointer(symbol))
-		f := C.dlsym(lib, symbol)
-		if f == nil {
-			return nil, errors.New("open the emulator: it has no emulated_launch")
+		standin := filepath.Join(folder, "libcublasLt.so.13")
+		clock, err := symbol(standin, "standin_clock")
+		if err != nil {
+			return nil, err
 		}
-		return &emulated{launchFn: f, maps: map[address][]byte{}}, nil
+		b, err := openBlas(standin)
+		if err != nil {
+			return nil, err
+		}
+		return &emulated{launchFn: launch, clockFn: clock, blas: b, maps: map[address][]byte{}}, nil
 	})
+}
+
+// symbol loads a library, for good, and finds a function in it.
+func symbol(library, name string) (unsafe.Pointer, error) {
+	file, function := C.CString(library), C.CString(name)
+	defer C.free(unsafe.Pointer(file))
+	defer C.free(unsafe.Pointer(function))
+	lib := C.dlopen(file, C.RTLD_NOW)
+	if lib == nil {
+		return nil, fmt.Errorf("open the emulator: %s", C.GoString(C.dlerror()))
+	}
+	f := C.dlsym(lib, function)
+	if f == nil {
+		return nil, fmt.Errorf("open the emulator: %s has no %s", library, name)
+	}
+	return f, nil
 }
 
 // emulated is a driver that does everything at once.
 type emulated struct {
-	launchFn unsafe.Pointer
-	maps     map[address][]byte
-	used     int64
+	launchFn, clockFn unsafe.Pointer
+	blas              *blas
+	maps              map[address][]byte
+	used              int64
 }
 
 const emulatedMemory = 8 << 30
@@ -113,64 +131,19 @@ func at[T any](a address, n int) []T {
 	return unsafe.Slice((*T)(*(*unsafe.Pointer)(unsafe.Pointer(&a))), n)
 }
 
-func widen(b uint16) float32 { return math.Float32frombits(uint32(b) << 16) }
+func (e *emulated) product(p product, a algorithm) error { return e.blas.run(p, a, nil) }
 
-func narrow(x float32) uint16 {
-	b := math.Float32bits(x)
-	if x != x {
-		return 0x7fff
-	}
-	return uint16((b + 0x7fff + b>>16&1) >> 16)
-}
+func (e *emulated) algorithms(p product) ([]algorithm, error) { return e.blas.algorithms(p) }
 
-// operand reads op(X) of a stored column-major matrix as rows [n][k], the product running along k.
-func operand(a address, n, k, ld int, kFirst bool) []float32 {
-	out := make([]float32, n*k)
-	last := (k-1)*ld + n
-	if kFirst {
-		last = (n-1)*ld + k
-	}
-	x := at[uint16](a, last)
-	for i := range n {
-		for j := range k {
-			if kFirst {
-				out[i*k+j] = widen(x[i*ld+j])
-			} else {
-				out[i*k+j] = widen(x[j*ld+i])
-			}
-		}
-	}
-	return out
-}
+func (e *emulated) admits(p product, a algorithm) error { return e.blas.admits(p, a) }
 
-func (e *emulated) product(p product) error {
-	a, b := operand(p.a, p.m, p.k, p.lda, p.transA), operand(p.b, p.n, p.k, p.ldb, !p.transB)
-	for j := range p.n {
-		for i := range p.m {
-			sum := float32(0)
-			x, y := a[i*p.k:][:p.k], b[j*p.k:][:p.k]
-			for l := range x {
-				sum += x[l] * y[l]
-			}
-			if p.float32C {
-				c := at[float32](p.c+4*address(j*p.ldc+i), 1)
-				if p.accumulate {
-					sum += c[0]
-				}
-				c[0] = sum
-				continue
-			}
-			c := at[uint16](p.c+2*address(j*p.ldc+i), 1)
-			if p.accumulate {
-				sum += widen(c[0])
-			}
-			if p.bias != 0 {
-				sum += widen(at[uint16](p.bias, p.m)[i])
-			}
-			c[0] = narrow(sum)
-		}
-	}
-	return nil
+func (e *emulated) library() versions { return versions{0, e.blas.version()} }
+
+// elapsed reads the clock of the stand-in, which only its products move.
+func (e *emulated) elapsed(run func() error) (time.Duration, error) {
+	before := C.ticks(e.clockFn)
+	err := run()
+	return time.Duration(C.ticks(e.clockFn) - before), err
 }
 
 func (e *emulated) fill(dst address, value byte, n int64) error {
@@ -202,6 +175,7 @@ func (e *emulated) sync() error     { return nil }
 func (e *emulated) lost(error) bool { return false }
 
 func (e *emulated) close() error {
+	e.blas.close()
 	for at := range e.maps {
 		if err := e.free(at); err != nil {
 			return err

@@ -13,11 +13,16 @@ import (
 // emulator opens the device on the emulator.
 func emulator(t *testing.T) *Device {
 	t.Helper()
-	library := os.Getenv("TRAINERD_EMULATOR")
-	if library == "" {
-		t.Fatal("TRAINERD_EMULATOR names no library: run make cuda-emulated")
+	return emulatorWith(t, Options{})
+}
+
+func emulatorWith(t *testing.T, o Options) *Device {
+	t.Helper()
+	folder := os.Getenv("TRAINERD_EMULATOR")
+	if folder == "" {
+		t.Fatal("TRAINERD_EMULATOR names no folder: run make cuda-emulated")
 	}
-	d, err := OpenEmulated(library)
+	d, err := OpenEmulated(folder, o)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -29,8 +34,8 @@ func emulator(t *testing.T) *Device {
 	return d
 }
 
-// TestEmulated holds the whole device but for cuBLASLt and the driver to the
-// float64 references: the kernels, their launches, schedules, scratch and transfers.
+// TestEmulated holds the whole device but for the driver to the float64 references:
+// the kernels, their launches, schedules, scratch and transfers, and lt.c on a strict stand-in for cuBLASLt.
 // The budget leaves out what takes minutes on an emulator.
 func TestEmulated(t *testing.T) {
 	if f := flag.Lookup("kerneltest.budget"); f.Value.String() == f.DefValue {

@@ -13,22 +13,11 @@ func (d *Device) Gemm(g kernels.Gemm) {
 		bias: placeOr0(op, "Bias", g.Bias, g.N, kernels.BF16),
 	}
 	m.contiguous()
-	must(g.K > 0 || 2*max(g.M, g.N) <= partialBytes, op, "M %d N %d K 0", g.M, g.N)
 	must(m.bias == 0 || !m.float32C, op, "a bias on a float32 C")
 	if g.M == 0 || g.N == 0 {
 		return
 	}
-	d.enqueue(of(op, "M %d N %d K %d", g.M, g.N, g.K), func(c driver) error {
-		if m.k == 0 {
-			// An empty sum is the product of a column and a row of zeros.
-			m.a, m.b, m.k, m.transA, m.transB = d.partials, d.partials, 1, false, false
-			m.contiguous()
-			if err := c.fill(d.partials, 0, 2*int64(max(m.m, m.n))); err != nil {
-				return err
-			}
-		}
-		return d.gemm(c, m)
-	})
+	d.enqueue(of(op, "M %d N %d K %d", g.M, g.N, g.K), func(c driver) error { return d.gemm(c, m) })
 }
 
 // matrices is a row-major product C[m,n] = op(A)[m,k]·op(B)[k,n] (+ C) (+ bias),
@@ -61,13 +50,6 @@ func (x matrices) columnMajor() product {
 		a: x.b, b: x.a, c: x.c, m: x.n, n: x.m, k: x.k, lda: x.ldb, ldb: x.lda, ldc: x.ldc,
 		transA: x.transB, transB: x.transA, float32C: x.float32C, accumulate: x.accumulate, bias: x.bias,
 	}
-}
-
-// gemm runs a product on the owner.
-func (d *Device) gemm(c driver, x matrices) error {
-	p := x.columnMajor()
-	p.workspace, p.workspaceBytes = d.gemmSpace, gemmBytes
-	return c.product(p)
 }
 
 // SwiGLU implements kernels.Device.

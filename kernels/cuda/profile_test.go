@@ -37,7 +37,7 @@ func (c *counter) launch(kernel string, grid, block size2, shared int, args ...a
 
 func TestProfile(t *testing.T) {
 	c := &counter{recorder: &recorder{next: 1 << 20, room: 1 << 40, fail: map[string]error{}}}
-	d, err := newDevice(kernels.Info{Name: "cuda:0"}, func() (driver, error) { return c, nil })
+	d, err := newDevice(kernels.Info{Name: "cuda:0"}, Options{}, func() (driver, error) { return c, nil })
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -15,6 +15,8 @@ void bias_backward_partial(float *part, const bf16 *dy, int m, int n, int parts)
 void reduce_partials_f32(float *out, const float *part, int parts, int n, int stride, int accumulate);
 void reduce_partials_bf16(bf16 *out, const float *part, int parts, int n, int stride, int accumulate);
 
+void gemm_simple(void *c, const bf16 *a, const bf16 *b, const bf16 *bias, int m, int n, int k, i64 lda, i64 ldb, i64 ldc, int transA, int transB, int float32C, int accumulate);
+
 void cast_f32_bf16(bf16 *dst, const float *src, i64 n);
 void cast_bf16_f32(float *dst, const bf16 *src, i64 n);
 void split_master(bf16 *p, short *rem, const float *src, i64 n);

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # build.sh OUT: compiles all kernels with g++ against the emulator (../emu) into
-# OUT/libemulated.so, for go test -tags cudaemu.
+# OUT/libemulated.so, and the stand-in for cuBLASLt, against NVIDIA's headers, into
+# OUT/libcublasLt.so.13; for go test -tags cudaemu.
 set -euo pipefail
 out=$(mkdir -p "$1" && cd "$1" && pwd)
 cd "$(dirname "$0")"
@@ -20,3 +21,6 @@ cmp -s "$out/calls.new" "$out/calls.inc" || mv "$out/calls.new" "$out/calls.inc"
 compile ../emu/emu.cc "$out/emu.o"
 compile emulated.cc "$out/emulated.o" -I"$out"
 g++ -shared -o "$out/libemulated.so" "${objects[@]}"
+if [ ! -f "$out/libcublasLt.so.13" ] || [ cublaslt.cc -nt "$out/libcublasLt.so.13" ]; then
+  g++ -std=c++17 -O2 -fPIC -Wall -shared -isystem "$(../toolkit.sh)/include" -o "$out/libcublasLt.so.13" cublaslt.cc
+fi
