@@ -20,6 +20,10 @@ func denseI16(x []int16) *tensor.Dense {
 	return tensor.New(tensor.WithShape(len(x)), tensor.WithBacking(x))
 }
 
+func denseI8(x []int8) *tensor.Dense {
+	return tensor.New(tensor.WithShape(len(x)), tensor.WithBacking(x))
+}
+
 // putF32 and putI32 upload host values to fresh scratch memory; nil stays nil.
 func (m *Model) putF32(x []float32) kernels.Buffer {
 	if x == nil {
@@ -69,6 +73,15 @@ func (m *Model) getMaster(off int, x []float32) error {
 		x[i] = joinMaster(x[i], low[i])
 	}
 	return nil
+}
+
+// getRounded reads weights as bfloat16; ok is false when one of them is infinite then.
+func (m *Model) getRounded(r kernels.Rounder, off int, x []uint16) (ok bool, err error) {
+	rem := kernels.Buffer(nil)
+	if m.rem != nil {
+		rem = m.rem.Slice(off, off+len(x))
+	}
+	return r.DownloadRounded(x, m.policy.flat.Slice(off, off+len(x)), rem)
 }
 
 // splitMaster returns a float32 as a bfloat16 value (rounded half up, exact as

@@ -9,6 +9,7 @@ import (
 	"gorgonia.org/tensor"
 
 	"trainerd/internal/fault"
+	"trainerd/kernels"
 )
 
 // Source gives weights by their Hugging Face names ("model.embed_tokens.weight",
@@ -140,7 +141,8 @@ func normals(key, counter uint64) (float64, float64) {
 // deviceSource reads a flat buffer of a model.
 type deviceSource struct {
 	tensors
-	read func(off int, x []float32) error
+	read    func(off int, x []float32) error
+	rounded func(off int, x []uint16) (ok bool, err error) // nil: not to be had
 }
 
 func (s *deviceSource) Read(name string, dst *tensor.Dense) error {
@@ -154,6 +156,30 @@ func (s *deviceSource) Read(name string, dst *tensor.Dense) error {
 	return nil
 }
 
+// BF16Reader is a Source that can round a tensor before it reaches the host.
+type BF16Reader interface {
+	// ReadBF16 fills dst with a tensor's values as bits of bfloat16, rounded to
+	// nearest, ties to even. ok is false, and dst of no use, where the device cannot
+	// do that and where a value is infinite: Read then says what it was.
+	ReadBF16(name string, dst []uint16) (ok bool, err error)
+}
+
+// ReadBF16 implements BF16Reader.
+func (s *deviceSource) ReadBF16(name string, dst []uint16) (ok bool, err error) {
+	i, found := s.lay.index[name]
+	if !found || s.rounded == nil {
+		return false, nil
+	}
+	t := s.lay.tensors[i]
+	if t.n != len(dst) {
+		return false, fault.New(fault.Invalid, "invalid_tensor", "%s: tensor %q has shape %v, wanted as %d values", s.where, name, t.shape, len(dst))
+	}
+	if ok, err = s.rounded(t.off, dst); err != nil {
+		return false, fmt.Errorf("read tensor %q from the device: %w", name, err)
+	}
+	return ok, nil
+}
+
 // Export returns the policy's weights as a Source, reading from the device.
 // It is valid until the next OptimStep.
 func (m *Model) Export() Source {
@@ -163,6 +189,14 @@ func (m *Model) Export() Source {
 			return m.broken
 		}
 		return m.getMaster(off, x)
+	}
+	if r, ok := m.dev.(kernels.Rounder); ok {
+		s.rounded = func(off int, x []uint16) (bool, error) {
+			if m.broken != nil {
+				return false, m.broken
+			}
+			return m.getRounded(r, off, x)
+		}
 	}
 	return s
 }

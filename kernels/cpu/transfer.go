@@ -38,8 +38,11 @@ func (d *device) Upload(dst kernels.Buffer, src *tensor.Dense) {
 	case []int32:
 		copy(ints(op, "dst", dst, len(x)), x)
 	case []int16:
-		must(b.t == kernels.I16 && len(b.h) == len(x), op, "dst holds %d %v, source %d int16", b.Len(), b.t, len(x))
+		must((b.t == kernels.I16 || b.t == kernels.BF16) && b.Len() == len(x), op, "dst holds %d %v, source %d int16", b.Len(), b.t, len(x))
 		copy(b.h, x)
+		for i := range b.u {
+			b.u[i] = uint16(x[i])
+		}
 	case []int8:
 		must(b.t == kernels.I8 && len(b.b) == len(x), op, "dst holds %d %v, source %d int8", b.Len(), b.t, len(x))
 		copy(b.b, x)
@@ -57,12 +60,16 @@ func (d *device) Download(dst *tensor.Dense, src kernels.Buffer) error {
 			simd.BF16ToF32(x, halves(op, "src", src, len(x)))
 			return nil
 		}
-		copy(x, floats(op, "src", src, len(x)))
+		from := floats(op, "src", src, len(x))
+		d.blocks(len(x), grain, func(a, b int) { copy(x[a:b], from[a:b]) })
 	case []int32:
 		copy(x, ints(op, "src", src, len(x)))
 	case []int16:
-		must(b.t == kernels.I16 && len(b.h) == len(x), op, "src holds %d %v, host tensor %d int16", b.Len(), b.t, len(x))
+		must((b.t == kernels.I16 || b.t == kernels.BF16) && b.Len() == len(x), op, "src holds %d %v, host tensor %d int16", b.Len(), b.t, len(x))
 		copy(x, b.h)
+		for i, bits := range b.u {
+			x[i] = int16(bits)
+		}
 	case []int8:
 		must(b.t == kernels.I8 && len(b.b) == len(x), op, "src holds %d %v, host tensor %d int8", b.Len(), b.t, len(x))
 		copy(x, b.b)

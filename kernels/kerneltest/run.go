@@ -33,6 +33,7 @@ func Run(t *testing.T, dev kernels.Device) {
 		run  func(*env)
 	}{
 		{"transfer", transferCases},
+		{"round", roundCases},
 		{"rows", rowCases},
 		{"gemm", gemmCases},
 		{"norm", normCases},

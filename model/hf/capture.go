@@ -72,9 +72,7 @@ func TakeCapture(ctx context.Context, src model.Source, dtype string, mem Captur
 		longest = max(longest, elements(src, name))
 	}
 	var wide []float32 // one tensor before it is rounded
-	if dtype != "F32" {
-		wide = make([]float32, longest)
-	}
+	direct, _ := src.(model.BF16Reader)
 	at := 0
 	for _, name := range c.names {
 		if err := ctx.Err(); err != nil {
@@ -86,6 +84,19 @@ func TakeCapture(ctx context.Context, src model.Source, dtype string, mem Captur
 		}
 		t := captured{shape: shape, from: at, n: elements(src, name)}
 		at += t.n
+		c.index[name] = t
+		if dtype == "BF16" && direct != nil {
+			ok, err := direct.ReadBF16(name, mem.Halves[t.from:at])
+			if err != nil {
+				return nil, err
+			}
+			if ok {
+				continue
+			}
+		}
+		if dtype != "F32" && wide == nil {
+			wide = make([]float32, longest)
+		}
 		values := wide
 		if dtype == "F32" {
 			values = mem.Floats[t.from:]
@@ -99,7 +110,6 @@ func TakeCapture(ctx context.Context, src model.Source, dtype string, mem Captur
 				return nil, fault.New(fault.Invalid, "dtype_overflow", "tensor %q holds %v, which does not fit in %s", name, values[bad], dtype)
 			}
 		}
-		c.index[name] = t
 	}
 	return c, nil
 }

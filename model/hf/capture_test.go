@@ -15,6 +15,7 @@ import (
 	"gorgonia.org/tensor"
 
 	"trainerd/internal/fault"
+	"trainerd/kernels/cpu"
 	"trainerd/model"
 )
 
@@ -128,6 +129,57 @@ func TestCaptureRefuses(t *testing.T) {
 func isCode(err error, code string) bool {
 	f, ok := fault.As(err)
 	return ok && f.Code == code
+}
+
+// plain hides what a source can do besides.
+type plain struct{ model.Source }
+
+// huge are weights of which one becomes infinite when it is rounded, or is.
+type huge struct {
+	model.Source
+	value float32
+}
+
+func (h huge) Read(name string, dst *tensor.Dense) error {
+	err := h.Source.Read(name, dst)
+	if name == "model.norm.weight" {
+		dst.Float32s()[1] = h.value
+	}
+	return err
+}
+
+// TestCaptureOfADevice holds what a device rounded to what is rounded here.
+func TestCaptureOfADevice(t *testing.T) {
+	for name, value := range map[string]float32{"small": 1, "largest": math.Float32frombits(0x7f7f7fff), "too large": math.MaxFloat32, "infinite": float32(math.Inf(1))} {
+		dev, err := cpu.New(2)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer dev.Close()
+		m, err := model.Load(t.Context(), dev, huge{hard(t).(wild).Source, value}, model.Options{MaxTokens: 8})
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer m.Close()
+		src := m.Export()
+		if _, ok := src.(model.BF16Reader); !ok {
+			t.Fatal("the device does not round: nothing is tested")
+		}
+		take := func(src model.Source) (*Capture, error) {
+			return TakeCapture(t.Context(), src, "BF16", CaptureMemory{Halves: make([]uint16, CaptureElements(src))})
+		}
+		got, err := take(src)
+		want, werr := take(plain{src})
+		if isCode(err, "dtype_overflow") != isCode(werr, "dtype_overflow") || isCode(err, "dtype_overflow") != (name == "too large") {
+			t.Errorf("%s: %v, without the device's rounding %v", name, err, werr)
+		}
+		if err != nil {
+			continue
+		}
+		if d := cmp.Diff(written(t, want, WriteOptions{}), written(t, got, WriteOptions{})); d != "" {
+			t.Errorf("%s (-rounded here +on the device):\n%s", name, d)
+		}
+	}
 }
 
 // TestPublishedBytesAreFrozen holds the files of one model to the digests that

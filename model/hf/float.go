@@ -3,6 +3,7 @@ package hf
 import (
 	"encoding/binary"
 	"math"
+	"slices"
 )
 
 // decode fills dst from little-endian bytes of a stored float type.
@@ -28,27 +29,38 @@ func decode(dst []float32, src []byte, dtype string) {
 // to infinity, or -1.
 func encode(dst []byte, src []float32, dtype string) ([]byte, int) {
 	overflow := -1
-	check := func(i int, infinite bool) {
-		if infinite && overflow < 0 && !math.IsInf(float64(src[i]), 0) {
+	check := func(i int) {
+		if overflow < 0 && !math.IsInf(float64(src[i]), 0) {
 			overflow = i
 		}
 	}
+	at := len(dst)
+	dst = slices.Grow(dst, len(src)*int(itemSize[dtype]))[:at+len(src)*int(itemSize[dtype])]
+	out := dst[at:]
 	switch dtype {
 	case "F32":
-		for _, x := range src {
-			dst = binary.LittleEndian.AppendUint32(dst, math.Float32bits(x))
+		if data, ok := stored(src); ok {
+			copy(out, data)
+			break
+		}
+		for i, x := range src {
+			binary.LittleEndian.PutUint32(out[4*i:], math.Float32bits(x))
 		}
 	case "BF16":
 		for i, x := range src {
-			b := toBFloat(x)
-			check(i, b&0x7fff == 0x7f80)
-			dst = binary.LittleEndian.AppendUint16(dst, b)
+			h := toBFloat(x)
+			if h&0x7fff == 0x7f80 {
+				check(i)
+			}
+			binary.LittleEndian.PutUint16(out[2*i:], h)
 		}
 	case "F16":
 		for i, x := range src {
 			h := toHalf(x)
-			check(i, h&0x7fff == 0x7c00)
-			dst = binary.LittleEndian.AppendUint16(dst, h)
+			if h&0x7fff == 0x7c00 {
+				check(i)
+			}
+			binary.LittleEndian.PutUint16(out[2*i:], h)
 		}
 	}
 	return dst, overflow

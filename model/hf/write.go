@@ -37,7 +37,8 @@ type item struct {
 }
 
 // Write streams a model as a Hugging Face directory, names prefixed with prefix
-// ("hf/"). It holds one tensor in memory at a time. Config and carried files
+// ("hf/"). It holds one tensor in memory at a time, and nothing of a Capture in
+// the same dtype, whose memory the sink gets as it is. Config and carried files
 // come first, the index last.
 func Write(ctx context.Context, sink Sink, prefix string, src model.Source, o WriteOptions) error {
 	cfg := src.Config()
@@ -185,11 +186,20 @@ func header(items []item, dtype string) ([]byte, error) {
 
 // writeSafetensors streams one file. It may run again on a sink that retries.
 func writeSafetensors(ctx context.Context, w io.Writer, src model.Source, items []item, dtype string) error {
-	out := bufio.NewWriterSize(w, readBytes)
 	head, err := header(items, dtype)
 	if err != nil {
 		return err
 	}
+	if c, ok := src.(*Capture); ok && c.dtype == dtype {
+		if data, ok := c.stored(items); ok {
+			if _, err := w.Write(head); err != nil {
+				return err
+			}
+			_, err := w.Write(data)
+			return err
+		}
+	}
+	out := bufio.NewWriterSize(w, readBytes)
 	if _, err := out.Write(head); err != nil {
 		return err
 	}
@@ -198,11 +208,11 @@ func writeSafetensors(ctx context.Context, w io.Writer, src model.Source, items 
 		if err := ctx.Err(); err != nil {
 			return err
 		}
-		host := tensor.New(tensor.WithShape(it.shape...), tensor.Of(tensor.Float32))
-		if err := src.Read(it.name, host); err != nil {
+		values, err := valuesOf(src, it)
+		if err != nil {
 			return err
 		}
-		for values := host.Float32s(); len(values) > 0; {
+		for len(values) > 0 {
 			n := min(len(values), readBytes/4)
 			data, overflow := encode(buf, values[:n], dtype)
 			if overflow >= 0 {
@@ -215,4 +225,17 @@ func writeSafetensors(ctx context.Context, w io.Writer, src model.Source, items 
 		}
 	}
 	return out.Flush()
+}
+
+// valuesOf is a tensor as float32: a capture's own, which is read only, or a copy.
+func valuesOf(src model.Source, it item) ([]float32, error) {
+	if c, ok := src.(*Capture); ok && c.dtype == "F32" {
+		t := c.index[it.name]
+		return c.mem.Floats[t.from : t.from+t.n], nil
+	}
+	host := tensor.New(tensor.WithShape(it.shape...), tensor.Of(tensor.Float32))
+	if err := src.Read(it.name, host); err != nil {
+		return nil, err
+	}
+	return host.Float32s(), nil
 }
