@@ -134,7 +134,7 @@ func isCode(err error, code string) bool {
 // plain hides what a source can do besides.
 type plain struct{ model.Source }
 
-// huge are weights of which one becomes infinite when it is rounded, or is.
+// huge are weights of which one is given.
 type huge struct {
 	model.Source
 	value float32
@@ -150,7 +150,7 @@ func (h huge) Read(name string, dst *tensor.Dense) error {
 
 // TestCaptureOfADevice holds what a device rounded to what is rounded here.
 func TestCaptureOfADevice(t *testing.T) {
-	for name, value := range map[string]float32{"small": 1, "largest": math.Float32frombits(0x7f7f7fff), "too large": math.MaxFloat32, "infinite": float32(math.Inf(1))} {
+	for name, value := range map[string]float32{"small": 1, "largest": math.Float32frombits(0x7f7f7fff), "too large": math.MaxFloat32} {
 		dev, err := cpu.New(2)
 		if err != nil {
 			t.Fatal(err)
