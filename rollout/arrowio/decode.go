@@ -356,7 +356,11 @@ func perToken(rows []rollout.Rollout, base int, columns map[string]*vec, tokens 
 			}
 			dst := back[:n:n]
 			back = back[n:]
+			rows[i].SamplerLogProbs = dst
 			mask := rows[i].LossMask
+			if mask == nil && a.child.logProbs(dst, lo) {
+				continue
+			}
 			for t := range dst {
 				if mask != nil && !mask[t] {
 					continue // 0, whatever is there
@@ -367,7 +371,6 @@ func perToken(rows []rollout.Rollout, base int, columns map[string]*vec, tokens 
 				}
 				dst[t] = v
 			}
-			rows[i].SamplerLogProbs = dst
 		}
 	}
 	if a := columns["loss_weights"]; a != nil {

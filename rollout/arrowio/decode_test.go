@@ -2,6 +2,7 @@ package arrowio
 
 import (
 	"bytes"
+	"encoding/binary"
 	"fmt"
 	"math"
 	"os"
@@ -475,5 +476,58 @@ func TestEncodeMetrics(t *testing.T) {
 	kl, loss := rec.Column(1).(*array.Float64), rec.Column(2).(*array.Float64)
 	if rec.Column(0).(*array.Int64).Value(1) != 2 || !kl.IsNull(0) || kl.Value(1) != 1 || loss.Value(0) != 0.5 || !math.IsNaN(loss.Value(1)) {
 		t.Fatal(rec)
+	}
+}
+
+// TestFastLogProbsAreTheSlowOnes: bits that the pass over whole rows lets through
+// are those that the definition does, at every border of float32.
+func TestFastLogProbsAreTheSlowOnes(t *testing.T) {
+	if math.Float32bits(maxLogProb) != maxLogProbBits || math.Float32bits(math.MaxFloat32) != maxFiniteBits {
+		t.Fatal("the constants are of other numbers")
+	}
+	var near []uint32
+	for _, b := range []uint32{0, maxLogProbBits, maxFiniteBits, 0x7F800000, 0x7FC00000, signBit, signBit | maxLogProbBits, signBit | maxFiniteBits, 0xFF800000, 0xFFC00000, 0xFFFFFFFF} {
+		for d := range uint32(5) {
+			near = append(near, b+d-2)
+		}
+	}
+	for _, bits := range near {
+		data := binary.LittleEndian.AppendUint32(nil, bits)
+		a := &vec{typ: &dtype{class: floatClass, bits: 32}, n: 1, data: data}
+		v := math.Float32frombits(bits)
+		want := v <= maxLogProb && !math.IsInf(float64(v), 0)
+		var dst [1]float32
+		if got := a.logProbs(dst[:], 0); got != want || got && math.Float32bits(dst[0]) != bits {
+			t.Errorf("%08x (%v): passed %v, expected %v", bits, v, got, want)
+		}
+	}
+}
+
+// TestTokensByTwo compares the pass over whole rows with one value at a time, for
+// every length, with the bad token at every place.
+func TestTokensByTwo(t *testing.T) {
+	const vocab = 1000
+	for n := range 9 {
+		for bad := -1; bad < n; bad++ {
+			for _, off := range []uint32{vocab, vocab + 1, 1 << 31, 0xFFFFFFFF} {
+				data := make([]byte, 0, 4*n+8)
+				for i := range n {
+					v := uint32(i * 7)
+					if i == bad {
+						v = off
+					}
+					data = binary.LittleEndian.AppendUint32(data, v)
+				}
+				dst := make([]int32, n)
+				if got := tokens32(dst, data, vocab); got != bad {
+					t.Fatalf("%d tokens, the bad one at %d: found at %d", n, bad, got)
+				}
+				for i := range dst {
+					if bad < 0 && dst[i] != int32(i*7) {
+						t.Fatalf("%d tokens: %v", n, dst)
+					}
+				}
+			}
+		}
 	}
 }

@@ -219,15 +219,7 @@ func half(v uint16) float64 {
 // is outside [0, vocab), or -1.
 func (a *vec) tokens(dst []int32, lo int, vocab int) int {
 	if a.typ.bits == 32 && vocab <= math.MaxInt32 {
-		src := a.raw(lo, lo+len(dst))
-		for i := range dst {
-			v := binary.LittleEndian.Uint32(src[4*i:])
-			if v >= uint32(vocab) {
-				return i
-			}
-			dst[i] = int32(v)
-		}
-		return -1
+		return tokens32(dst, a.raw(lo, lo+len(dst)), uint32(vocab))
 	}
 	for i := range dst {
 		v := a.int(lo + i)
@@ -238,6 +230,56 @@ func (a *vec) tokens(dst []int32, lo int, vocab int) int {
 	}
 	return -1
 }
+
+// tokens32 is tokens of 32-bit values: src has 4 bytes for each of dst, read two at a time.
+func tokens32(dst []int32, src []byte, vocab uint32) int {
+	i := 0
+	for ; len(src) >= 8 && i+1 < len(dst); i, src = i+2, src[8:] {
+		v := binary.LittleEndian.Uint64(src)
+		first, second := uint32(v), uint32(v>>32)
+		if first >= vocab {
+			return i
+		}
+		if second >= vocab {
+			return i + 1
+		}
+		dst[i], dst[i+1] = int32(first), int32(second)
+	}
+	if i < len(dst) {
+		v := binary.LittleEndian.Uint32(src)
+		if v >= vocab {
+			return i
+		}
+		dst[i] = int32(v)
+	}
+	return -1
+}
+
+// logProbs copies values [lo, lo+len(dst)) if all are there, finite and at most
+// maxLogProb; false when one is not, or when the column is not of float32.
+func (a *vec) logProbs(dst []float32, lo int) bool {
+	if a.typ.bits != 32 || a.valid != nil {
+		return false
+	}
+	src := a.raw(lo, lo+len(dst))
+	src = src[:4*len(dst)]
+	for i := range dst {
+		v := binary.LittleEndian.Uint32(src[4*i:])
+		// As an integer the bits of a float count up from 0 and, with the sign bit, from -0.
+		if v > maxLogProbBits && v-signBit > maxFiniteBits {
+			return false
+		}
+		dst[i] = math.Float32frombits(v)
+	}
+	return true
+}
+
+// Bits of float32: of -0, of the greatest finite number, of maxLogProb.
+const (
+	signBit        = 1 << 31
+	maxFiniteBits  = 0x7F7FFFFF
+	maxLogProbBits = 0x3A800000
+)
 
 // readDictionary reads a dictionary batch. typ is the type of the column that uses it.
 func (s *stream) readDictionary(t table, body []byte, typ func(id int64) *dtype) error {
