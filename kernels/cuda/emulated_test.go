@@ -38,10 +38,8 @@ func emulatorWith(t *testing.T, o Options) *Device {
 // the kernels, their launches, schedules, scratch and transfers, and lt.c on a strict stand-in for cuBLASLt.
 // The budget leaves out what takes minutes on an emulator.
 func TestEmulated(t *testing.T) {
-	if f := flag.Lookup("kerneltest.budget"); f.Value.String() == f.DefValue {
-		if err := f.Value.Set("9e5"); err != nil {
-			t.Fatal(err)
-		}
+	if err := setBudget("9e5"); err != nil {
+		t.Fatal(err)
 	}
 	kerneltest.Run(t, emulator(t))
 }
@@ -51,3 +49,6 @@ func TestModels(t *testing.T) { testModels(t, emulator(t)) }
 func TestMaster(t *testing.T) { testMaster(t, emulator(t)) }
 
 func TestProfiledStep(t *testing.T) { testProfile(t, emulator(t)) }
+
+// setBudget bounds the cost of kerneltest's cases.
+func setBudget(budget string) error { return flag.Lookup("kerneltest.budget").Value.Set(budget) }
