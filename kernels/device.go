@@ -76,7 +76,8 @@ type Device interface {
 	FreeArena(Arena)
 
 	// Upload copies a host tensor (float32, int32, int16 or int8, any shape) into
-	// dst, rounding float32 to nearest even when dst is BF16. Lengths must agree.
+	// dst, rounding float32 to nearest even when dst is BF16. An int16 tensor may
+	// also be the bits of BF16. Lengths must agree.
 	Upload(dst Buffer, src *tensor.Dense)
 	// Download waits for the operations before it and copies src to the host tensor.
 	Download(dst *tensor.Dense, src Buffer) error

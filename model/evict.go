@@ -2,7 +2,8 @@ package model
 
 import (
 	"fmt"
-	"math"
+
+	"gorgonia.org/tensor"
 
 	"trainerd/internal/fault"
 	"trainerd/kernels"
@@ -14,19 +15,19 @@ var errEvicted = fault.New(fault.Unavailable, "model_evicted", "the model is in 
 // evicted is a model's state in host memory, element for element as the device
 // held it, padding included.
 type evicted struct {
-	policy, ref, grad, m, v halves
-	rem                     []int16
+	policy, ref, grad, m, v, scale hostCopy
+	rem                            hostCopy
 }
 
-// halves are float32 values, or the upper halves of such that a BF16 buffer held:
-// widening them is exact, and so is rounding them back.
-type halves struct {
+// hostCopy is a buffer's elements; exactly the slice of its type is set. h holds
+// int16, or the bits of bfloat16.
+type hostCopy struct {
 	f []float32
-	h []uint16
+	h []int16
+	b []int8
 }
 
-// evictChunk is how many elements are moved at once.
-const evictChunk = 1 << 20
+func (c hostCopy) bytes() int64 { return int64(4*len(c.f) + 2*len(c.h) + len(c.b)) }
 
 // HostBytes is the host memory that the model takes while it is evicted: its
 // weights with their remainders, its reference and its moments. Gradients are
@@ -36,11 +37,15 @@ func HostBytes(dev kernels.Device, cfg Config, opt Options) (int64, error) {
 		return 0, err
 	}
 	info := dev.Info()
-	size := int64(newLayout(cfg, max(1, info.Alignment/info.Compute.Size())).size)
+	size := int64(newLayout(cfg, opt.alignment(info)).size)
 	flat := size * int64(info.Compute.Size())
 	n := flat
 	if opt.Train {
-		n += 2 * 4 * size
+		if opt.CompactMoments {
+			n += 3*size + 4*int64(kernels.MomentBlocks(int(size)))
+		} else {
+			n += 2 * 4 * size
+		}
 		if info.Compute != kernels.F32 {
 			n += int64(kernels.I16.Size()) * size
 		}
@@ -64,7 +69,7 @@ func (m *Model) Evict() error {
 	}
 	h := &evicted{}
 	var err error
-	save := func(dst *halves, src kernels.Buffer) {
+	save := func(dst *hostCopy, src kernels.Buffer) {
 		if err == nil && src != nil {
 			err = m.download(dst, src)
 		}
@@ -77,11 +82,9 @@ func (m *Model) Evict() error {
 		save(&h.grad, m.grad.flat)
 	}
 	save(&h.m, m.m)
+	save(&h.scale, m.scale)
 	save(&h.v, m.v)
-	if err == nil && m.rem != nil {
-		h.rem = make([]int16, m.rem.Len())
-		err = m.dev.Download(denseI16(h.rem), m.rem)
-	}
+	save(&h.rem, m.rem)
 	if err == nil {
 		err = m.dev.Sync()
 	}
@@ -120,18 +123,15 @@ func (m *Model) Restore() error {
 			n.upload(n.grad.flat, h.grad)
 		}
 	}
-	if n.m != nil {
-		n.upload(n.m, h.m)
-		n.upload(n.v, h.v)
-	}
-	if n.rem != nil {
-		n.dev.Upload(n.rem, denseI16(h.rem))
-	}
+	n.upload(n.m, h.m)
+	n.upload(n.scale, h.scale)
+	n.upload(n.v, h.v)
+	n.upload(n.rem, h.rem)
 	if err := n.dev.Sync(); err != nil {
 		n.free()
 		return fmt.Errorf("restore the model: %w", err)
 	}
-	m.policy, m.ref, m.grad, m.rem, m.m, m.v = n.policy, n.ref, n.grad, n.rem, n.m, n.v
+	m.policy, m.ref, m.grad, m.rem, m.m, m.scale, m.v = n.policy, n.ref, n.grad, n.rem, n.m, n.scale, n.v
 	m.cache, m.sumsq, m.coef, m.arena, m.owned = n.cache, n.sumsq, n.coef, n.arena, n.owned
 	m.host, m.broken = nil, nil
 	return nil
@@ -144,47 +144,35 @@ func (m *Model) Abandon() {
 	m.broken = fault.New(fault.Unavailable, "model_closed", "the model's device was lost")
 }
 
-func (m *Model) download(dst *halves, src kernels.Buffer) error {
+func (m *Model) download(dst *hostCopy, src kernels.Buffer) error {
 	n := src.Len()
-	if src.Type() == kernels.F32 {
+	switch src.Type() {
+	case kernels.F32:
 		dst.f = make([]float32, n)
 		return m.dev.Download(denseF32(dst.f), src)
+	case kernels.I8:
+		dst.b = make([]int8, n)
+		return m.dev.Download(denseI8(dst.b), src)
 	}
-	dst.h = make([]uint16, n)
-	chunk := make([]float32, min(n, evictChunk))
-	for from := 0; from < n; from += len(chunk) {
-		part := chunk[:min(len(chunk), n-from)]
-		if err := m.dev.Download(denseF32(part), src.Slice(from, from+len(part))); err != nil {
-			return err
-		}
-		narrow(dst.h[from:], part)
-	}
-	return nil
+	dst.h = make([]int16, n)
+	return m.dev.Download(denseI16(dst.h), src)
 }
 
-func (m *Model) upload(dst kernels.Buffer, src halves) {
-	if src.f != nil {
-		m.dev.Upload(dst, denseF32(src.f))
+// upload undoes download; a buffer that is nil has nothing to take.
+func (m *Model) upload(dst kernels.Buffer, src hostCopy) {
+	if dst == nil {
 		return
 	}
-	chunk := make([]float32, min(len(src.h), evictChunk))
-	for from := 0; from < len(src.h); from += len(chunk) {
-		part := chunk[:min(len(chunk), len(src.h)-from)]
-		widen(part, src.h[from:])
-		m.dev.Upload(dst.Slice(from, from+len(part)), denseF32(part))
+	switch dst.Type() {
+	case kernels.F32:
+		m.dev.Upload(dst, denseF32(src.f))
+	case kernels.I8:
+		m.dev.Upload(dst, denseI8(src.b))
+	default:
+		m.dev.Upload(dst, denseI16(src.h))
 	}
 }
 
-// narrow keeps the upper halves of values whose lower halves are zero.
-func narrow(dst []uint16, src []float32) {
-	for i, x := range src {
-		dst[i] = uint16(math.Float32bits(x) >> 16)
-	}
-}
-
-// widen undoes narrow.
-func widen(dst []float32, src []uint16) {
-	for i := range dst {
-		dst[i] = math.Float32frombits(uint32(src[i]) << 16)
-	}
+func denseI8(x []int8) *tensor.Dense {
+	return tensor.New(tensor.WithShape(len(x)), tensor.WithBacking(x))
 }

@@ -44,6 +44,20 @@ type layout struct {
 	index   map[string]int
 }
 
+// alignment is the multiple of elements at which tensors start in the flat
+// buffers: every one is aligned on the device, and none shares a block of
+// compact moments with another.
+func (o Options) alignment(info kernels.Info) int {
+	n := max(1, info.Alignment/info.Compute.Size())
+	if o.CompactMoments && kernels.MomentBlock%n == 0 {
+		return kernels.MomentBlock
+	}
+	if o.CompactMoments && n%kernels.MomentBlock != 0 {
+		return n * kernels.MomentBlock
+	}
+	return n
+}
+
 // newLayout places the tensors of a valid config; every block starts at a
 // multiple of align elements.
 func newLayout(c Config, align int) *layout {

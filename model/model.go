@@ -22,6 +22,10 @@ type Options struct {
 	SampleSlots    int       // most sequences decoded at once; 0: no sampling
 	SampleTokens   int       // most cache rows of one sampling call: prompts plus slots*max new tokens
 	Recompute      Recompute // what the backward pass computes again
+
+	CompactMoments bool   // 8-bit first and bfloat16 second moments: 3.03 bytes a parameter instead of 8, see kernels.AdamW
+	BF16Gradients  bool   // gradients are kept in bfloat16 between micro-batches, and computed in float32
+	RoundingSeed   uint64 // of the stochastic rounding that the two need
 }
 
 // Recompute trades arithmetic for activation memory.
@@ -55,7 +59,8 @@ type Model struct {
 
 	policy, ref, grad *params        // ref and grad may be nil
 	rem               kernels.Buffer // I16, low halves of the masters; nil when weights are F32
-	m, v              kernels.Buffer // F32 moments
+	m, v              kernels.Buffer // moments: F32, or I8 and BF16
+	scale             kernels.Buffer // F32, of compact first moments; else nil
 	cache             kernels.Buffer // [Layers, SampleTokens, 2*KV*hd]
 	sumsq, coef       kernels.Buffer // F32[1]
 	arena             kernels.Arena
@@ -97,7 +102,7 @@ func Load(ctx context.Context, dev kernels.Device, src Source, opt Options) (*Mo
 func allocate(dev kernels.Device, cfg Config, opt Options) (_ *Model, err error) {
 	info := dev.Info()
 	m := &Model{dev: dev, cfg: cfg, opt: opt, fresh: true}
-	m.lay = newLayout(cfg, max(1, info.Alignment/info.Compute.Size()))
+	m.lay = newLayout(cfg, opt.alignment(info))
 	defer func() {
 		if err != nil {
 			m.free()
@@ -127,8 +132,14 @@ func allocate(dev kernels.Device, cfg Config, opt Options) (_ *Model, err error)
 			m.rem = take("weights", kernels.I16, m.lay.size)
 		}
 		m.grad = flat("gradients", info.GradType)
-		m.m = take("optimizer", kernels.F32, m.lay.size)
-		m.v = take("optimizer", kernels.F32, m.lay.size)
+		if opt.CompactMoments {
+			m.m = take("optimizer", kernels.I8, m.lay.size)
+			m.scale = take("optimizer", kernels.F32, kernels.MomentBlocks(m.lay.size))
+			m.v = take("optimizer", kernels.BF16, m.lay.size)
+		} else {
+			m.m = take("optimizer", kernels.F32, m.lay.size)
+			m.v = take("optimizer", kernels.F32, m.lay.size)
+		}
 		m.sumsq = take("optimizer", kernels.F32, 1)
 		m.coef = take("optimizer", kernels.F32, 1)
 	}
@@ -161,7 +172,7 @@ func (m *Model) fill(ctx context.Context, src Source, arena int64) error {
 			m.dev.Zero(b.flat)
 		}
 	}
-	for _, b := range []kernels.Buffer{m.rem, m.m, m.v} {
+	for _, b := range []kernels.Buffer{m.rem, m.m, m.scale, m.v} {
 		if b != nil {
 			m.dev.Zero(b)
 		}

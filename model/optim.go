@@ -55,8 +55,13 @@ func (m *Model) OptimStep(o AdamW) (StepResult, error) {
 			}
 			return b.Slice(part.from, part.to)
 		}
-		m.dev.AdamW(kernels.AdamW{P: span(m.policy.flat), Rem: span(m.rem), G: span(m.grad.flat), M: span(m.m), V: span(m.v), Coef: m.coef,
-			LR: o.LR, Beta1: o.Beta1, Beta2: o.Beta2, Eps: o.Eps, WeightDecay: part.decay, Step: m.steps + 1})
+		step := kernels.AdamW{P: span(m.policy.flat), Rem: span(m.rem), G: span(m.grad.flat), M: span(m.m), V: span(m.v), Coef: m.coef,
+			LR: o.LR, Beta1: o.Beta1, Beta2: o.Beta2, Eps: o.Eps, WeightDecay: part.decay, Step: m.steps + 1,
+			Seed: m.opt.RoundingSeed, First: int64(part.from)}
+		if m.scale != nil {
+			step.Scale = m.scale.Slice(part.from/kernels.MomentBlock, part.to/kernels.MomentBlock)
+		}
+		m.dev.AdamW(step)
 	}
 	if err := m.dev.Sync(); err != nil {
 		return StepResult{}, fmt.Errorf("optimizer step: %w", err)

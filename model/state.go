@@ -8,6 +8,9 @@ import (
 	"hash/crc32"
 	"io"
 	"math"
+	"unsafe"
+
+	"gorgonia.org/tensor"
 
 	"trainerd/internal/fault"
 	"trainerd/kernels"
@@ -15,14 +18,19 @@ import (
 
 // A state file is, little-endian: the magic, a u32 version, a u32 length and
 // that many bytes of header (stateHeader), its CRC-32C; then for each section
-// (m, v, and the reference if the header says so) and each block of
-// the layout, frames of at most stateFrame float32 values, each followed by its
-// CRC-32C; then the magic again. Padding is not stored, so a state is
-// independent of the device's alignment.
+// (m, with compact moments its scales, v, and the reference if the header says
+// so) and each block of the layout, frames of at most stateFrame values, each
+// followed by its CRC-32C; then the magic again. Values are float32; those of
+// compact moments are int8 (m) and the bits of bfloat16 (v). Padding is not
+// stored, so a state is independent of the device's alignment.
+//
+// Version 1 has no word on the moments in its header: they are float32. It is
+// what is written for them still.
 const (
 	stateMagic   = "TRNDSTAT"
-	stateVersion = 1
 	stateFrame   = 1 << 18
+	stateFloat32 = 1 // versions by what the moments are
+	stateCompact = 2
 )
 
 var castagnoli = crc32.MakeTable(crc32.Castagnoli)
@@ -34,6 +42,12 @@ type stateHeader struct {
 	Tied, Bias, QKNorm, Reference                  bool
 }
 
+// stateCompactHeader is the header of version 2.
+type stateCompactHeader struct {
+	Common stateHeader
+	Block  uint32 // elements that share a scale
+}
+
 func (m *Model) stateHeader() stateHeader {
 	c := m.cfg
 	return stateHeader{Steps: m.steps, Vocab: uint32(c.Vocab), Hidden: uint32(c.Hidden), FFN: uint32(c.FFN), Layers: uint32(c.Layers),
@@ -41,45 +55,129 @@ func (m *Model) stateHeader() stateHeader {
 		Tied: c.Tied, Bias: c.QKVBias, QKNorm: c.QKNorm, Reference: m.ref != nil}
 }
 
-// section reads and writes a run of one flat buffer as float32.
-type section struct {
-	name string
-	get  func(off int, x []float32) error
-	put  func(off int, x []float32)
+// values are a run of a section: exactly the slice of its type is set. h is bits of bfloat16.
+type values struct {
+	f []float32
+	h []int16
+	b []int8
 }
 
-func (m *Model) sections() []section {
-	var s []section
-	for _, b := range m.stateBuffers() {
-		s = append(s, section{b.name,
-			func(off int, x []float32) error { return m.dev.Download(denseF32(x), b.buf.Slice(off, off+len(x))) },
-			func(off int, x []float32) { m.dev.Upload(b.buf.Slice(off, off+len(x)), denseF32(x)) }})
+// bytes appends the values to dst, little-endian.
+func (v values) bytes(dst []byte) []byte {
+	for _, x := range v.f {
+		dst = binary.LittleEndian.AppendUint32(dst, math.Float32bits(x))
 	}
-	return s
+	for _, x := range v.h {
+		dst = binary.LittleEndian.AppendUint16(dst, uint16(x))
+	}
+	for _, x := range v.b {
+		dst = append(dst, byte(x))
+	}
+	return dst
+}
+
+// take undoes bytes.
+func (v values) take(src []byte) {
+	for i := range v.f {
+		v.f[i] = math.Float32frombits(binary.LittleEndian.Uint32(src[4*i:]))
+	}
+	for i := range v.h {
+		v.h[i] = int16(binary.LittleEndian.Uint16(src[2*i:]))
+	}
+	for i := range v.b {
+		v.b[i] = int8(src[i])
+	}
+}
+
+// size is how many bytes that makes.
+func (v values) size() int { return 4*len(v.f) + 2*len(v.h) + len(v.b) }
+
+func (v values) dense() *tensor.Dense {
+	switch {
+	case v.f != nil:
+		return denseF32(v.f)
+	case v.h != nil:
+		return denseI16(v.h)
+	}
+	return denseI8(v.b)
+}
+
+// section reads and writes a run of one flat buffer.
+type section struct {
+	stateBuffer
+	get func(off int, x values) error
+	put func(off int, x values)
 }
 
 // stateBuffer is a flat buffer that a state holds.
 type stateBuffer struct {
 	name string
 	buf  kernels.Buffer
+	t    kernels.DType // as which it is stored
+	per  int           // elements of the model for each of its values
 }
 
 func (m *Model) stateBuffers() []stateBuffer {
-	s := []stateBuffer{{"first moments", m.m}, {"second moments", m.v}}
+	var s []stateBuffer
+	if m.scale != nil {
+		s = append(s, stateBuffer{"first moments", m.m, kernels.I8, 1}, stateBuffer{"scales of first moments", m.scale, kernels.F32, kernels.MomentBlock},
+			stateBuffer{"second moments", m.v, kernels.BF16, 1})
+	} else {
+		s = append(s, stateBuffer{"first moments", m.m, kernels.F32, 1}, stateBuffer{"second moments", m.v, kernels.F32, 1})
+	}
 	if m.ref != nil {
-		s = append(s, stateBuffer{"reference", m.ref.flat})
+		s = append(s, stateBuffer{"reference", m.ref.flat, kernels.F32, 1})
 	}
 	return s
 }
 
-// eachFrame calls fn for every frame of every section, in file order.
-func eachFrame(lay *layout, sections []section, fn func(s section, off int, x []float32) error) error {
-	buf := make([]float32, stateFrame)
+// count returns how many values n elements of the model have in the section.
+func (b stateBuffer) count(n int) int { return (n + b.per - 1) / b.per }
+
+// space views the start of memory as n values; words says how much they take.
+func (b stateBuffer) space(memory []float32, n int) values {
+	if n == 0 {
+		return values{f: memory[:0]}
+	}
+	p := unsafe.Pointer(unsafe.SliceData(memory[:b.words(n)]))
+	switch b.t {
+	case kernels.BF16:
+		return values{h: unsafe.Slice((*int16)(p), n)}
+	case kernels.I8:
+		return values{b: unsafe.Slice((*int8)(p), n)}
+	}
+	return values{f: memory[:n:n]}
+}
+
+// words is how many float32 have room for n values.
+func (b stateBuffer) words(n int) int { return (n*b.t.Size() + 3) / 4 }
+
+func (m *Model) sections() []section {
+	var s []section
+	for _, b := range m.stateBuffers() {
+		s = append(s, section{b,
+			func(off int, x values) error {
+				d := x.dense()
+				return m.dev.Download(d, b.buf.Slice(off, off+d.DataSize()))
+			},
+			func(off int, x values) {
+				d := x.dense()
+				m.dev.Upload(b.buf.Slice(off, off+d.DataSize()), d)
+			}})
+	}
+	return s
+}
+
+// eachFrame calls fn for every frame of every section, in file order. off and
+// the length of x count the section's own values.
+func eachFrame(lay *layout, sections []section, fn func(s section, off int, x values) error) error {
+	memory := make([]float32, stateFrame)
 	for _, s := range sections {
 		for _, b := range lay.blocks {
-			for from := 0; from < b.size(); from += stateFrame {
-				n := min(stateFrame, b.size()-from)
-				if err := fn(s, b.off+from, buf[:n]); err != nil {
+			count := s.count(b.size())
+			for from := 0; from < count; from += stateFrame {
+				n := min(stateFrame, count-from)
+				if err := fn(s, b.off/s.per+from, s.space(memory, n)); err != nil {
 					return err
 				}
 			}
@@ -98,7 +196,7 @@ func (m *Model) SaveState(w io.Writer) error {
 	if err := m.hasState(); err != nil {
 		return err
 	}
-	return saveState(w, m.stateHeader(), m.lay, m.sections())
+	return saveState(w, m.stateHeader(), m.scale != nil, m.lay, m.sections())
 }
 
 func (m *Model) hasState() error {
@@ -114,16 +212,21 @@ func (m *Model) hasState() error {
 // State is a model's state in host memory, as it was when CaptureState took it.
 type State struct {
 	header   stateHeader
+	compact  bool
 	lay      *layout
 	sections []section
 }
 
-// StateElements is how many float32 values a captured state takes; 0 without training.
+// StateElements is how many float32 have room for a captured state; 0 without training.
 func (m *Model) StateElements() int {
 	if m.m == nil {
 		return 0
 	}
-	return m.lay.size * len(m.stateBuffers())
+	n := 0
+	for _, b := range m.stateBuffers() {
+		n += b.words(b.count(m.lay.size))
+	}
+	return n
 }
 
 // CaptureState copies what SaveState would write to buf, which has at least
@@ -132,15 +235,18 @@ func (m *Model) CaptureState(buf []float32) (*State, error) {
 	if err := m.hasState(); err != nil {
 		return nil, err
 	}
-	s := &State{header: m.stateHeader(), lay: m.lay}
+	s := &State{header: m.stateHeader(), compact: m.scale != nil, lay: m.lay}
 	for _, b := range m.stateBuffers() {
-		var host []float32
-		host, buf = buf[:m.lay.size:m.lay.size], buf[m.lay.size:]
-		if err := m.dev.Download(denseF32(host), b.buf); err != nil {
+		n := b.count(m.lay.size)
+		host := b.space(buf, n)
+		buf = buf[b.words(n):]
+		if err := m.dev.Download(host.dense(), b.buf); err != nil {
 			return nil, fmt.Errorf("read %s from the device: %w", b.name, err)
 		}
-		s.sections = append(s.sections, section{name: b.name, get: func(off int, x []float32) error {
-			copy(x, host[off:])
+		s.sections = append(s.sections, section{stateBuffer: b, get: func(off int, x values) error {
+			copy(x.f, host.f[min(off, len(host.f)):])
+			copy(x.h, host.h[min(off, len(host.h)):])
+			copy(x.b, host.b[min(off, len(host.b)):])
 			return nil
 		}})
 	}
@@ -148,18 +254,21 @@ func (m *Model) CaptureState(buf []float32) (*State, error) {
 }
 
 // Save writes the bytes that SaveState would have written at the capture. It may run again.
-func (s *State) Save(w io.Writer) error { return saveState(w, s.header, s.lay, s.sections) }
+func (s *State) Save(w io.Writer) error {
+	return saveState(w, s.header, s.compact, s.lay, s.sections)
+}
 
-func saveState(w io.Writer, header stateHeader, lay *layout, sections []section) error {
+func saveState(w io.Writer, header stateHeader, compact bool, lay *layout, sections []section) error {
 	out := bufio.NewWriterSize(w, 1<<20)
-	head, err := binary.Append([]byte(stateMagic), binary.LittleEndian, uint32(stateVersion))
+	version, fixed := uint32(stateFloat32), any(header)
+	if compact {
+		version, fixed = stateCompact, stateCompactHeader{header, kernels.MomentBlock}
+	}
+	body, err := binary.Append(nil, binary.LittleEndian, fixed)
 	if err != nil {
 		return fmt.Errorf("write state: %w", err)
 	}
-	body, err := binary.Append(nil, binary.LittleEndian, header)
-	if err != nil {
-		return fmt.Errorf("write state: %w", err)
-	}
+	head := binary.LittleEndian.AppendUint32([]byte(stateMagic), version)
 	head = binary.LittleEndian.AppendUint32(head, uint32(len(body)))
 	head = append(head, body...)
 	head = binary.LittleEndian.AppendUint32(head, crc32.Checksum(head, castagnoli))
@@ -167,14 +276,11 @@ func saveState(w io.Writer, header stateHeader, lay *layout, sections []section)
 		return fmt.Errorf("write state: %w", err)
 	}
 	bytes := make([]byte, 0, 4*stateFrame+4)
-	err = eachFrame(lay, sections, func(s section, off int, x []float32) error {
+	err = eachFrame(lay, sections, func(s section, off int, x values) error {
 		if err := s.get(off, x); err != nil {
 			return fmt.Errorf("read %s: %w", s.name, err)
 		}
-		bytes = bytes[:0]
-		for _, v := range x {
-			bytes = binary.LittleEndian.AppendUint32(bytes, math.Float32bits(v))
-		}
+		bytes = x.bytes(bytes[:0])
 		bytes = binary.LittleEndian.AppendUint32(bytes, crc32.Checksum(bytes, castagnoli))
 		_, err := out.Write(bytes)
 		return err
@@ -199,9 +305,13 @@ func (m *Model) LoadState(r io.Reader) error {
 		return err
 	}
 	in := bufio.NewReaderSize(r, 1<<20)
-	h, err := readStateHeader(in)
+	h, compact, err := readStateHeader(in)
 	if err != nil {
 		return err
+	}
+	if compact != (m.scale != nil) {
+		return &fault.Error{Kind: fault.Invalid, Code: "state_mismatch", Msg: "the state's moments are of another format",
+			Fields: []fault.Field{{Name: "optimizer.moments", Row: -1, Got: momentsName(m.scale != nil), Expected: momentsName(compact) + ", as in the state"}}}
 	}
 	want := m.stateHeader()
 	want.Steps = h.Steps
@@ -212,18 +322,17 @@ func (m *Model) LoadState(r io.Reader) error {
 		return fault.New(fault.Malformed, "state_corrupt", "the state counts %d steps", h.Steps)
 	}
 	bytes := make([]byte, 4*stateFrame+4)
-	err = eachFrame(m.lay, m.sections(), func(s section, off int, x []float32) error {
-		frame := bytes[:4*len(x)+4]
+	err = eachFrame(m.lay, m.sections(), func(s section, off int, x values) error {
+		n := x.size()
+		frame := bytes[:n+4]
 		if err := readState(in, frame); err != nil {
 			return err
 		}
-		data, sum := frame[:4*len(x)], frame[4*len(x):]
+		data, sum := frame[:n], frame[n:]
 		if got := crc32.Checksum(data, castagnoli); got != binary.LittleEndian.Uint32(sum) {
-			return fault.New(fault.Malformed, "state_corrupt", "the %s at element %d do not match their checksum", s.name, off)
+			return fault.New(fault.Malformed, "state_corrupt", "the %s at value %d do not match their checksum", s.name, off)
 		}
-		for i := range x {
-			x[i] = math.Float32frombits(binary.LittleEndian.Uint32(data[4*i:]))
-		}
+		x.take(data)
 		s.put(off, x)
 		return nil
 	})
@@ -246,32 +355,54 @@ func (m *Model) LoadState(r io.Reader) error {
 	return nil
 }
 
-func readStateHeader(in io.Reader) (h stateHeader, err error) {
+// momentsName is a format of moments as settings name it.
+func momentsName(compact bool) string {
+	if compact {
+		return "compact"
+	}
+	return "float32"
+}
+
+func readStateHeader(in io.Reader) (h stateHeader, compact bool, err error) {
 	head := make([]byte, len(stateMagic)+8)
 	if err := readState(in, head); err != nil {
-		return h, err
+		return h, false, err
 	}
 	version, length := binary.LittleEndian.Uint32(head[len(stateMagic):]), binary.LittleEndian.Uint32(head[len(stateMagic)+4:])
+	compact = version == stateCompact
+	full := stateCompactHeader{Block: kernels.MomentBlock}
+	size := binary.Size(full.Common)
+	if compact {
+		size = binary.Size(full)
+	}
 	switch {
 	case string(head[:len(stateMagic)]) != stateMagic:
-		return h, fault.New(fault.Malformed, "state_corrupt", "not a state file: it does not start with %q", stateMagic)
-	case version != stateVersion:
-		return h, fault.New(fault.Invalid, "state_version", "state version %d, expected %d", version, stateVersion)
-	case int(length) != binary.Size(h):
-		return h, fault.New(fault.Malformed, "state_corrupt", "state header of %d bytes, expected %d", length, binary.Size(h))
+		return h, false, fault.New(fault.Malformed, "state_corrupt", "not a state file: it does not start with %q", stateMagic)
+	case version != stateFloat32 && version != stateCompact:
+		return h, false, fault.New(fault.Invalid, "state_version", "state version %d, expected %d or %d", version, stateFloat32, stateCompact)
+	case int(length) != size:
+		return h, false, fault.New(fault.Malformed, "state_corrupt", "state header of %d bytes, expected %d", length, size)
 	}
 	body := make([]byte, length+4)
 	if err := readState(in, body); err != nil {
-		return h, err
+		return h, false, err
 	}
 	head = append(head, body[:length]...)
 	if crc32.Checksum(head, castagnoli) != binary.LittleEndian.Uint32(body[length:]) {
-		return h, fault.New(fault.Malformed, "state_corrupt", "the state's header does not match its checksum")
+		return h, false, fault.New(fault.Malformed, "state_corrupt", "the state's header does not match its checksum")
 	}
-	if _, err := binary.Decode(body[:length], binary.LittleEndian, &h); err != nil {
-		return h, fault.New(fault.Malformed, "state_corrupt", "decode state header: %w", err)
+	if compact {
+		_, err = binary.Decode(body[:length], binary.LittleEndian, &full)
+	} else {
+		_, err = binary.Decode(body[:length], binary.LittleEndian, &full.Common)
 	}
-	return h, nil
+	if err != nil {
+		return h, false, fault.New(fault.Malformed, "state_corrupt", "decode state header: %w", err)
+	}
+	if full.Block != kernels.MomentBlock {
+		return h, false, fault.New(fault.Invalid, "state_version", "%d first moments share a scale in the state, expected %d", full.Block, kernels.MomentBlock)
+	}
+	return full.Common, compact, nil
 }
 
 // readState fills p; an end of file is a fault, another error is the reader's.

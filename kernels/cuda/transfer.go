@@ -44,11 +44,11 @@ func host(op string, x *tensor.Dense) ([]byte, kernels.DType) {
 	panic(fmt.Sprintf("%s: host tensor of %v, expected float32, int32, int16 or int8", op, x.Dtype()))
 }
 
-// matched returns a buffer that must agree with a host tensor in length and, but for
-// float32 with bf16, in type.
+// matched returns a buffer that must agree with a host tensor in length and type; one
+// of bf16 goes with float32, and with int16 as its bits.
 func matched(op string, b kernels.Buffer, x []byte, t kernels.DType) *buffer {
 	types := []kernels.DType{t}
-	if t == kernels.F32 {
+	if t == kernels.F32 || t == kernels.I16 {
 		types = append(types, kernels.BF16)
 	}
 	c := span(op, "buffer", b, types...)
@@ -61,7 +61,7 @@ func (d *Device) Upload(dst kernels.Buffer, src *tensor.Dense) {
 	const op = "upload"
 	x, t := host(op, src)
 	b := matched(op, dst, x, t)
-	d.send(op, b.at, x, b.t == kernels.BF16)
+	d.send(op, b.at, x, t == kernels.F32 && b.t == kernels.BF16)
 }
 
 // send copies host bytes to the card; with round they are float32 that become bf16 there.
@@ -110,7 +110,7 @@ func (d *Device) Download(dst *tensor.Dense, src kernels.Buffer) error {
 	const op = "download"
 	x, t := host(op, dst)
 	b := matched(op, src, x, t)
-	return d.receive(op, x, b.at, b.t == kernels.BF16)
+	return d.receive(op, x, b.at, t == kernels.F32 && b.t == kernels.BF16)
 }
 
 // receive waits for the operations before it and copies from the card to host

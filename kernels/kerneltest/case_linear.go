@@ -2,6 +2,7 @@ package kerneltest
 
 import (
 	"math"
+	"slices"
 
 	"gorgonia.org/tensor"
 
@@ -65,6 +66,21 @@ func transferCases(e *env) {
 			e.dev.Zero(b.Slice(from, to))
 			clear(x[from:to])
 			e.same("zero of a slice", floatsOf(e.readCodes(b)), floatsOf(x))
+		})
+		e.sub(1, label("bits of bf16/%d", n), func(e *env) { // every kind of NaN too
+			x, got := make([]int16, n), make([]int16, n)
+			for i := range x {
+				x[i] = int16(e.rng.Uint32())
+			}
+			x[0] = 0x7f81 // a signalling NaN
+			b := e.alloc(kernels.BF16, n)
+			e.dev.Upload(b, tensor.New(tensor.WithShape(n), tensor.WithBacking(append([]int16(nil), x...))))
+			if err := e.dev.Download(tensor.New(tensor.WithShape(n), tensor.WithBacking(got)), b); err != nil {
+				e.Fatal(err)
+			}
+			if !slices.Equal(got, x) {
+				e.Error("the bits that came back are others")
+			}
 		})
 		e.sub(1, label("lerp/%d", n), func(e *env) {
 			x, y := e.normal(e.act, n, 1), e.normal(e.act, n, 3)
