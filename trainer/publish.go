@@ -160,7 +160,9 @@ func (j *Job) retain(ctx context.Context) {
 	}
 	all, err := j.m.ckpts.List(ctx, string(j.ID))
 	if err != nil {
-		j.m.log.Warn("list checkpoints to keep", "job", j.ID, "err", err)
+		if ctx.Err() == nil { // else the server stops, and retains after its next publication
+			j.m.log.Warn("list checkpoints to keep", "job", j.ID, "err", err)
+		}
 		return
 	}
 	snapshot := int64(-1)

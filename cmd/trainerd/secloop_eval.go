@@ -60,7 +60,7 @@ func newSecloopEval() *cobra.Command {
 				defer l.stop()
 				if job != "" {
 					a.Sampler = loop.ServerSampler{Client: l.client, Job: job, MaxTokens: s.MaxTokens, Temperature: s.Temperature}
-				} else if a.Sampler, err = loop.SampleOnly(ctx, l.client, p.source, 64, 64*(s.MaxPrompt+s.MaxTokens), s.MaxTokens, s.Temperature); err != nil {
+				} else if a.Sampler, err = loop.SampleOnly(ctx, l.client, p.source, 64, s); err != nil {
 					return err
 				}
 			}

@@ -37,7 +37,7 @@ func byteSettings() loop.Settings {
 func smolSettings() loop.Settings {
 	s := byteSettings()
 	s.LR, s.Groups = 2e-5, 16
-	s.MaxPrompt, s.MaxTokens, s.MicroBatch = 192, 48, 4096
+	s.MaxPrompt, s.MaxTokens, s.MicroBatch = 192, 48, 1536
 	s.EvalIncidents, s.EvalScenarios = 120, 60
 	s.Warm = loop.Warm{Steps: 60, Rows: 16, Ahead: 10, Pool: 512, LR: 1e-4, Skill: 0.35}
 	return s

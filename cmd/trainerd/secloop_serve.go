@@ -70,7 +70,7 @@ func newSecloopServe() *cobra.Command {
 						return fault.BadField("job", job, "--server, whose job it is")
 					}
 					r.Agent.Sampler = loop.ServerSampler{Client: l.client, Job: job, MaxTokens: s.MaxTokens, Temperature: s.Temperature}
-				} else if r.Agent.Sampler, err = loop.SampleOnly(ctx, l.client, p.source, 4, 4*(s.MaxPrompt+s.MaxTokens), s.MaxTokens, s.Temperature); err != nil {
+				} else if r.Agent.Sampler, err = loop.SampleOnly(ctx, l.client, p.source, 4, s); err != nil {
 					return err
 				}
 			}

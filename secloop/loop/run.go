@@ -193,7 +193,7 @@ func (r *Run) demonstrate(rng *mathrand.Rand, o Operator, pool []Incident, n int
 // measureOnly measures a source that nothing is learned from, and keeps it as the policy.
 func (r *Run) measureOnly(ctx context.Context, source string) error {
 	s := r.Settings
-	sampler, err := SampleOnly(ctx, r.Client, source, s.sequences(), s.cacheTokens(), s.MaxTokens, s.Temperature)
+	sampler, err := SampleOnly(ctx, r.Client, source, s.sequences(), s)
 	if err != nil {
 		return err
 	}
@@ -240,7 +240,7 @@ func (r *Run) learn(ctx context.Context, source string) error {
 	}
 	if j.Final() && j.Step >= int64(s.Steps) && !r.measured(int64(s.Steps)) {
 		// The finished job of an earlier process is not in memory any more.
-		sampler, err := SampleOnly(ctx, r.Client, fmt.Sprintf("job:%s@latest", r.job), s.sequences(), s.cacheTokens(), s.MaxTokens, s.Temperature)
+		sampler, err := SampleOnly(ctx, r.Client, fmt.Sprintf("job:%s@latest", r.job), s.sequences(), s)
 		if err != nil {
 			return err
 		}

@@ -94,11 +94,13 @@ func published(ctx context.Context, c *client.Client, job string, step int64) (s
 	}
 }
 
-// SampleOnly makes a job that only samples from a source, and returns its sampler.
-func SampleOnly(ctx context.Context, c *client.Client, source string, sequences, cacheTokens, maxTokens int, temperature float64) (ServerSampler, error) {
+// SampleOnly makes a job that only samples from a source, that many strategies at
+// once, and returns its sampler.
+func SampleOnly(ctx context.Context, c *client.Client, source string, sequences int, s Settings) (ServerSampler, error) {
 	j, err := c.CreateJob(ctx, map[string]any{
 		"version": 1, "name": "secloop-sample", "model": map[string]any{"source": source},
-		"sampling": map[string]any{"max_sequences": sequences, "max_tokens": cacheTokens},
+		"batch":    map[string]any{"max_tokens_per_micro_batch": min(s.MicroBatch, sequences*s.MaxPrompt)},
+		"sampling": map[string]any{"max_sequences": sequences, "max_tokens": s.cacheTokens(sequences)},
 	}, "")
 	if err == nil {
 		_, err = loaded(ctx, c, j.ID)
@@ -106,5 +108,5 @@ func SampleOnly(ctx context.Context, c *client.Client, source string, sequences,
 	if err != nil {
 		return ServerSampler{}, fmt.Errorf("load %s: %w", source, err)
 	}
-	return ServerSampler{c, j.ID, maxTokens, temperature}, nil
+	return ServerSampler{c, j.ID, s.MaxTokens, s.Temperature}, nil
 }

@@ -103,7 +103,7 @@ func (s Settings) loopJob(source string) map[string]any {
 		"optimizer":  map[string]any{"lr": s.LR, "betas": []float64{0.9, 0.95}, "max_grad_norm": 1.0},
 		"batch":      map[string]any{"groups_per_step": s.Groups, "max_tokens_per_micro_batch": s.MicroBatch, "max_policy_lag": 1},
 		"checkpoint": map[string]any{"publish_every_steps": 1, "keep_last": 2, "keep_every": 0},
-		"sampling":   map[string]any{"max_sequences": s.sequences(), "max_tokens": s.cacheTokens()},
+		"sampling":   map[string]any{"max_sequences": s.sequences(), "max_tokens": s.cacheTokens(s.sequences())},
 		"max_steps":  s.Steps, "seed": s.Seed,
 	}
 }
@@ -113,4 +113,4 @@ func (s Settings) sequences() int { return min(max(s.Groups*s.Size, 32), 512) }
 
 // cacheTokens is the room that decoding them takes: a group shares its prompt,
 // but what is measured is one strategy of each prompt.
-func (s Settings) cacheTokens() int { return min(s.sequences()*(s.MaxPrompt+s.MaxTokens), 1<<20) }
+func (s Settings) cacheTokens(sequences int) int { return min(sequences*(s.MaxPrompt+s.MaxTokens), 1<<20) }
