@@ -10,6 +10,7 @@ import (
 	"net/http"
 	"strconv"
 	"strings"
+	"sync"
 	"time"
 
 	"github.com/labstack/echo/v4"
@@ -18,9 +19,10 @@ import (
 	"trainerd/rollout/arrowio"
 )
 
-// readBody reads a whole body of at most limit bytes. A declared length over the
-// limit is refused before anything is read.
-func (s *Server) readBody(c echo.Context, limit int64) ([]byte, error) {
+// readBody reads a whole body of at most limit bytes into the memory of into,
+// nil for fresh memory. A declared length over the limit is refused before
+// anything is read.
+func (s *Server) readBody(c echo.Context, limit int64, into []byte) ([]byte, error) {
 	r := c.Request()
 	if enc := r.Header.Get("Content-Encoding"); enc != "" && enc != "identity" {
 		return nil, unsupportedMedia("Content-Encoding %q is not supported: compress the Arrow buffers (LZ4 or ZSTD) instead", enc)
@@ -39,11 +41,7 @@ func (s *Server) readBody(c echo.Context, limit int64) ([]byte, error) {
 	if control.SetReadDeadline(time.Now().Add(s.limits.BodyTimeout)) == nil {
 		defer control.SetReadDeadline(time.Time{}) // else the deadline would end the answer too
 	}
-	var buf bytes.Buffer
-	if r.ContentLength > 0 {
-		buf.Grow(int(min(r.ContentLength, 1<<20)) + bytes.MinRead)
-	}
-	_, err := buf.ReadFrom(http.MaxBytesReader(c.Response().Writer, r.Body, limit))
+	body, err := readAll(into, http.MaxBytesReader(c.Response().Writer, r.Body, limit), min(r.ContentLength, limit))
 	var over *http.MaxBytesError
 	switch {
 	case errors.As(err, &over):
@@ -51,7 +49,55 @@ func (s *Server) readBody(c echo.Context, limit int64) ([]byte, error) {
 	case err != nil:
 		return nil, fault.New(fault.Malformed, "body_unreadable", "read the body: %w", err)
 	}
-	return buf.Bytes(), nil
+	return body, nil
+}
+
+// firstBuffer is how much is allocated on the word of a Content-Length alone.
+const firstBuffer = 1 << 20
+
+// readAll reads r to its end into the memory of into, which it may replace. It
+// allocates no more than firstBuffer or twice what has arrived. declared is how
+// much will come, negative when nobody said.
+func readAll(into []byte, r io.Reader, declared int64) ([]byte, error) {
+	b := into[:0]
+	for {
+		if len(b) == cap(b) {
+			want := max(2*len(b), 4<<10)
+			if declared >= int64(len(b)) { // one byte more, so that the end is seen
+				want = int(min(declared+1, max(firstBuffer, 2*int64(len(b)))))
+			}
+			grown := make([]byte, len(b), max(want, len(b)+1))
+			copy(grown, b)
+			b = grown
+		}
+		n, err := r.Read(b[len(b):cap(b)])
+		b = b[:len(b)+n]
+		if err == io.EOF {
+			return b, nil
+		}
+		if err != nil {
+			return nil, err
+		}
+	}
+}
+
+// bodies keeps the memory of bodies that have been worked on for those that
+// follow: a body is large, and fresh memory costs as much as receiving it.
+type bodies struct{ pool sync.Pool }
+
+func (p *bodies) take() []byte {
+	if b, ok := p.pool.Get().(*[]byte); ok {
+		return *b
+	}
+	return nil
+}
+
+// give takes a body back that nobody refers to any more. One in much larger
+// memory than it needed is left to the garbage collector.
+func (p *bodies) give(b []byte) {
+	if cap(b) <= 4*len(b) {
+		p.pool.Put(&b)
+	}
 }
 
 // keyUpload is where a request keeps the bytes it has reserved.
@@ -110,7 +156,7 @@ func (s *Server) decodeJSON(c echo.Context, v any) error {
 	if err := wantJSON(c); err != nil {
 		return err
 	}
-	body, err := s.readBody(c, s.limits.MaxDocumentBytes)
+	body, err := s.readBody(c, s.limits.MaxDocumentBytes, nil)
 	if err != nil {
 		return err
 	}

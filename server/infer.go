@@ -64,7 +64,7 @@ func (s *Server) logProbs(c echo.Context) error {
 	if _, err := negotiate(c, arrowio.ContentType); err != nil {
 		return err
 	}
-	body, err := s.readBody(c, s.jobs.Limits().MaxBatchBytes)
+	body, err := s.readBody(c, s.jobs.Limits().MaxBatchBytes, nil)
 	if err != nil {
 		return err
 	}

@@ -21,7 +21,7 @@ func (s *Server) createJob(c echo.Context) error {
 	if err := wantJSON(c); err != nil {
 		return err
 	}
-	body, err := s.readBody(c, maxJobDocument)
+	body, err := s.readBody(c, maxJobDocument, nil)
 	if err != nil {
 		return err
 	}
@@ -110,11 +110,12 @@ func (s *Server) postRollouts(c echo.Context) error {
 	if err := wantArrow(c); err != nil {
 		return err
 	}
-	body, err := s.readBody(c, s.jobs.Limits().MaxBatchBytes)
+	body, err := s.readBody(c, s.jobs.Limits().MaxBatchBytes, s.bodies.take())
 	if err != nil {
 		return err
 	}
 	receipt, err := job.Submit(c.Request().Context(), body, key)
+	s.bodies.give(body) // Submit keeps nothing of it
 	if err != nil {
 		return err
 	}

@@ -69,6 +69,7 @@ type Server struct {
 	metrics *meters
 	leaving atomic.Bool     // since Drain
 	uploads atomic.Int64    // bytes of bodies, by their declared length or their limit
+	bodies  bodies          // memory for those of rollouts
 	life    context.Context // of streams and long polls; ended by Close
 	end     context.CancelFunc
 }

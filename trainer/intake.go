@@ -57,7 +57,8 @@ type accepted struct {
 }
 
 // Submit accepts a batch: once it returns, the body is on disk. The same key and
-// body again answers the same receipt. A refused batch is refused whole.
+// body again answers the same receipt. A refused batch is refused whole. The body
+// is the caller's again when it returns.
 func (j *Job) Submit(ctx context.Context, body []byte, key string) (r Receipt, err error) {
 	ctx, end := j.span(ctx, "accept", attribute.Int("trainerd.bytes", len(body)))
 	defer end(&err)
