@@ -131,10 +131,10 @@ func (p *pass) packed(segments []kernels.Segment) kernels.Layout {
 // backward runs the layers in reverse. dx [T,d] holds the gradient of the
 // residual stream after the last layer and ends up as that of the embedding's
 // output. It uses h, sw and out as scratch; dx must be none of them.
-func (p *pass) backward(dx kernels.Buffer, layout kernels.Layout, g *params, accumulate bool) {
+func (p *pass) backward(dx kernels.Buffer, layout kernels.Layout, grads *sink) {
 	m, c := p.m, p.m.cfg
 	d, width, hw, f, t := c.Hidden, c.qkvWidth(), c.Heads*c.HeadDim, c.FFN, p.t
-	dattn, dqkv := m.act(t*hw), m.act(t*width)
+	dattn, dqkv, accumulate := m.act(t*hw), m.act(t*width), grads.accumulates()
 	// dw[n,k] (+)= dyᵀ·x and dx[T,k] = dy·w for y[T,n] = x[T,k]·wᵀ.
 	linear := func(dw, dxk, dy, x, w kernels.Buffer, n, k int) {
 		m.dev.Gemm(kernels.Gemm{A: dy, B: x, C: dw, M: n, N: k, K: t, TransA: true, Accumulate: accumulate})
@@ -142,7 +142,7 @@ func (p *pass) backward(dx kernels.Buffer, layout kernels.Layout, g *params, acc
 	}
 	eps := float32(c.NormEps)
 	for l := len(p.acts) - 1; l >= 0; l-- {
-		s, w, gl := &p.acts[l], &p.w.layers[l], &g.layers[l]
+		s, w, gl := &p.acts[l], &p.w.layers[l], grads.layerGrad(l)
 		if m.opt.Recompute == RecomputeLayers && l < len(p.acts)-1 {
 			m.dev.RMSNorm(kernels.Norm{Out: p.h, Rstd: s.rstd1, X: s.x1, W: w.norm1, T: t, D: d, Eps: eps})
 			p.layer(l)
@@ -170,5 +170,6 @@ func (p *pass) backward(dx kernels.Buffer, layout kernels.Layout, g *params, acc
 		linear(gl.qkv, p.h, dqkv, p.h, w.qkv, width, d)
 		m.dev.RMSNormBackward(kernels.NormBackward{DX: dx, DW: gl.norm1, DY: p.h, X: s.x1, W: w.norm1, Rstd: s.rstd1,
 			T: t, D: d, AddTo: true, Accumulate: accumulate})
+		grads.putLayer(l)
 	}
 }

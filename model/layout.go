@@ -179,10 +179,15 @@ func (l *layout) view(flat kernels.Buffer) *params {
 	}
 	p := &params{flat: flat, embed: at(l.embed), head: at(l.head), norm: at(l.norm)}
 	for _, b := range l.layers {
-		p.layers = append(p.layers, layerParams{
-			qkv: at(b.qkv), o: at(b.o), gateUp: at(b.gateUp), down: at(b.down),
-			norm1: at(b.norm1), bias: at(b.bias), qnorm: at(b.qnorm), knorm: at(b.knorm), norm2: at(b.norm2),
-		})
+		p.layers = append(p.layers, b.view(at))
 	}
 	return p
+}
+
+// view returns a layer's tensors, each from its block by at.
+func (b layerBlocks) view(at func(block int) kernels.Buffer) layerParams {
+	return layerParams{
+		qkv: at(b.qkv), o: at(b.o), gateUp: at(b.gateUp), down: at(b.down),
+		norm1: at(b.norm1), bias: at(b.bias), qnorm: at(b.qnorm), knorm: at(b.knorm), norm2: at(b.norm2),
+	}
 }

@@ -68,6 +68,7 @@ type Model struct {
 	owned  []kernels.Buffer // what Close frees
 	steps  int64
 	fresh  bool  // the next ForwardBackward overwrites the gradients
+	micro  int   // micro-batches in the gradients
 	broken error // a half-loaded state, or no device memory: every later call returns it
 
 	scratch int64    // capacity of the arena
@@ -131,7 +132,11 @@ func allocate(dev kernels.Device, cfg Config, opt Options) (_ *Model, err error)
 		if info.Compute != kernels.F32 {
 			m.rem = take("weights", kernels.I16, m.lay.size)
 		}
-		m.grad = flat("gradients", info.GradType)
+		kept := info.GradType
+		if opt.BF16Gradients {
+			kept = kernels.BF16
+		}
+		m.grad = flat("gradients", kept)
 		if opt.CompactMoments {
 			m.m = take("optimizer", kernels.I8, m.lay.size)
 			m.scale = take("optimizer", kernels.F32, kernels.MomentBlocks(m.lay.size))

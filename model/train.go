@@ -86,13 +86,18 @@ func (m *Model) ForwardBackward(b *Batch, l Loss) (Scores, error) {
 			return Scores{}, badBatch("loss.coefficients", -1, fmt.Sprintf("%d and %d elements", len(dLogProb), len(dEntropy)), fmt.Sprintf("%d, one per prediction", n))
 		}
 	}
-	accumulate := !m.fresh
+	if m.fresh {
+		m.micro = 0
+	}
+	grads := m.newSink()
 	dx := m.act(p.t * m.cfg.Hidden)
 	m.dev.Zero(dx)
 	out := newScores(n)
+	headMark := m.arena.Mark()
+	dHead, dNorm := grads.headGrad()
 	err = m.eachChunk(n, func(from, to int) error {
 		h := p.newHead(b.Rows[from:to], b.Targets[from:to], l.Temperature)
-		g := kernels.HeadGrad{DW: m.grad.head, Accumulate: accumulate || from > 0}
+		g := kernels.HeadGrad{DW: dHead, Accumulate: grads.accumulates() || from > 0}
 		if l.Coefficients != nil {
 			g.DLogProb, g.DEntropy = m.putF32(part(dLogProb, from, to)), m.putF32(part(dEntropy, from, to))
 		} else {
@@ -103,35 +108,37 @@ func (m *Model) ForwardBackward(b *Batch, l Loss) (Scores, error) {
 				Weight: m.putF32(part(l.Weight, from, to)), TIS: m.putF32(part(l.TIS, from, to)),
 			}
 		}
-		m.headBackward(h, g, dx)
+		m.headBackward(h, g, dNorm, dx)
 		return h.scores(m, out.part(from, to))
 	})
 	if err != nil {
 		return Scores{}, err
 	}
 
-	p.backward(dx, layout, m.grad, accumulate)
-	// A tied embedding already holds the head's gradient, a fresh one nothing.
-	if !m.cfg.Tied && !accumulate {
-		m.dev.Zero(m.grad.embed)
-	}
-	m.dev.ScatterAdd(m.grad.embed, dx, m.dev.Scatter(m.arena, bucket(b.Tokens)), m.cfg.Hidden, true)
+	grads.putHead()
+	m.arena.Release(headMark)
+
+	layersMark := m.arena.Mark()
+	p.backward(dx, layout, grads)
+	m.arena.Release(layersMark)
+	grads.addEmbedding(dx, b.Tokens)
 	if err := m.dev.Sync(); err != nil {
 		return Scores{}, fmt.Errorf("forward and backward pass: %w", err)
 	}
 	m.fresh = false
+	m.micro++
 	return out, nil
 }
 
 // headBackward runs the head forward and backward and adds the gradient of its
-// rows' hidden states to dx [T,d].
-func (m *Model) headBackward(h *headPass, g kernels.HeadGrad, dx kernels.Buffer) {
+// rows' hidden states to dx [T,d], and that of the final norm to dNorm as g says.
+func (m *Model) headBackward(h *headPass, g kernels.HeadGrad, dNorm, dx kernels.Buffer) {
 	d := m.cfg.Hidden
 	g.DHidden = m.act(h.n * d)
 	m.dev.LogProbBackward(h.head, g)
 	// The normed rows are not needed any more: their buffer takes the gradient.
 	drows := h.hidden
-	m.dev.RMSNormBackward(kernels.NormBackward{DX: drows, DW: m.grad.norm, DY: g.DHidden, X: h.sum, W: m.policy.norm, Rstd: h.rstd,
+	m.dev.RMSNormBackward(kernels.NormBackward{DX: drows, DW: dNorm, DY: g.DHidden, X: h.sum, W: m.policy.norm, Rstd: h.rstd,
 		T: h.n, D: d, Accumulate: g.Accumulate})
 	m.dev.ScatterAdd(dx, drows, m.dev.Scatter(m.arena, bucket(h.rows)), d, true)
 }
