@@ -29,6 +29,8 @@ type Config struct {
 	Device  string `json:"device" help:"cpu, cuda:N or auto"`
 	Workers int    `json:"workers" help:"workers of the CPU device; 0: one per core"`
 
+	CUDAAlgorithms string `json:"cuda_algorithms" help:"how matrix products on CUDA choose among cuBLASLt's algorithms: timed (once per kind, kept in the data directory) or first (the library's favourite)"`
+
 	DeviceMemory int64    `json:"device_memory" help:"most bytes that models take on the device together; 0: what it has free at the start"`
 	SwapMemory   int64    `json:"swap_memory" help:"most bytes of host memory for models of jobs that do not fit on the device together; 0: such jobs are refused; -1: half of what the host has free at the start"`
 	SwapHold     Duration `json:"swap_hold" help:"how long a model that came to the device stays while its job has work and others wait"`
@@ -85,7 +87,8 @@ func DefaultConfig() Config {
 		Tracing:      defaultTracing(),
 		MaxBodyBytes: 256 << 20, MaxBatchRows: 1 << 16, MaxBatchTokens: 64 << 20,
 		MaxQueueRows: 1 << 20, MaxQueueTokens: 512 << 20, MaxQueueBytes: 2 << 30, MaxCaptureBytes: 8 << 30,
-		SwapMemory: -1, SwapHold: Duration(10 * time.Second),
+		CUDAAlgorithms: algorithmsTimed,
+		SwapMemory:     -1, SwapHold: Duration(10 * time.Second),
 		Shutdown: Duration(60 * time.Second),
 	}
 }
@@ -278,6 +281,8 @@ func (c Config) Validate() error {
 	switch {
 	case c.Data == "":
 		return fault.BadField("data", c.Data, "a directory")
+	case c.CUDAAlgorithms != algorithmsTimed && c.CUDAAlgorithms != algorithmsFirst:
+		return fault.BadField("cuda_algorithms", c.CUDAAlgorithms, algorithmsTimed+" or "+algorithmsFirst)
 	case c.Workers < 0:
 		return fault.BadField("workers", c.Workers, "0 or more")
 	case c.DeviceMemory < 0:

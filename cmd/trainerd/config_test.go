@@ -54,7 +54,7 @@ func TestConfigLayers(t *testing.T) {
 func TestEveryMemberIsReached(t *testing.T) {
 	d := DefaultConfig()
 	for _, m := range membersOf(&d) {
-		text := map[string]string{"listen": "127.0.0.2:1", "insecure": "true", "s3_path_style": "false",
+		text := map[string]string{"listen": "127.0.0.2:1", "insecure": "true", "s3_path_style": "false", "cuda_algorithms": "first",
 			"trace_endpoint": "http://127.0.0.1:4318", "trace_sample": "0.5"}[m.name]
 		_, duration := m.target.Interface().(Duration)
 		switch {
@@ -118,6 +118,7 @@ func TestConfigRefuses(t *testing.T) {
 		{"no port", "", nil, []string{"--listen", "127.0.0.1"}, []string{"listen", "HOST:PORT"}},
 		{"no data", "", nil, []string{"--data", ""}, []string{"data", "directory"}},
 		{"negative workers", "", nil, []string{"--workers", "-1"}, []string{"workers", "-1"}},
+		{"algorithms by chance", "", nil, []string{"--cuda-algorithms", "luck"}, []string{"cuda_algorithms", "luck", "timed or first"}},
 		{"negative peak", "", nil, []string{"--peak-tflops", "-1"}, []string{"peak_tflops"}},
 		{"peak that is no number", "", nil, []string{"--peak-tflops", "NaN"}, []string{"peak_tflops"}},
 		{"no body", "", nil, []string{"--max-body-bytes", "0"}, []string{"max_body_bytes"}},
@@ -184,5 +185,15 @@ func TestObjectStoreIsItsOwn(t *testing.T) {
 	env["TRAINERD_S3_PATH_STYLE"] = "x"
 	if _, err := LoadObjectStore(fs, func(name string) (string, bool) { v, ok := env[name]; return v, ok }); err == nil || !strings.Contains(err.Error(), "s3_path_style") {
 		t.Errorf("a bad value: %v", err)
+	}
+}
+
+// TestAlgorithmsOfTheCPU: a setting that nobody would use is refused.
+func TestAlgorithmsOfTheCPU(t *testing.T) {
+	if d, err := openDeviceWith("cpu", 0, deviceOptions{algorithms: algorithmsFirst}); err == nil || !strings.Contains(err.Error(), "cuda_algorithms") {
+		if err == nil {
+			d.Close()
+		}
+		t.Errorf("cuda_algorithms=first on the CPU gives %v", err)
 	}
 }

@@ -3,6 +3,8 @@
 package main
 
 import (
+	"path/filepath"
+
 	"trainerd/kernels"
 	"trainerd/kernels/cuda"
 )
@@ -10,8 +12,12 @@ import (
 // cudaBuilt says whether this binary holds the CUDA device.
 const cudaBuilt = true
 
-func openCUDA(n int) (kernels.Device, error) {
-	d, err := cuda.Open(n, cuda.Options{})
+func openCUDA(n int, o deviceOptions) (kernels.Device, error) {
+	options := cuda.Options{Timed: o.algorithms != algorithmsFirst}
+	if o.data != "" {
+		options.Choices = filepath.Join(o.data, "cuda-algorithms.json")
+	}
+	d, err := cuda.Open(n, options)
 	if err != nil {
 		return nil, err // not d: a nil *cuda.Device is not a nil kernels.Device
 	}

@@ -38,21 +38,45 @@ type Program struct {
 	spans   *tracing.Provider // nil: none
 }
 
+// Values of cuda_algorithms.
+const (
+	algorithmsTimed = "timed"
+	algorithmsFirst = "first"
+)
+
+// deviceOptions are what a device is opened with beside its name; the zero value serves benchmarks.
+type deviceOptions struct {
+	memory     int64  // of the CPU device; 0: what the host has
+	algorithms string // of CUDA: cuda_algorithms; "" is algorithmsTimed
+	data       string // directory that keeps what was timed; "": nowhere
+}
+
+// deviceOptions are the server's.
+func (c Config) deviceOptions() deviceOptions {
+	return deviceOptions{memory: c.DeviceMemory, algorithms: c.CUDAAlgorithms, data: c.Data}
+}
+
 // openDevice opens "cpu" or "cuda:N"; "auto" takes the first CUDA device there
-// is, else the CPU. A number of workers that nobody would use is refused.
-// The options are for the CPU device.
-func openDevice(name string, workers int, options ...cpu.Option) (kernels.Device, error) {
+// is, else the CPU. What nobody would use is refused.
+func openDevice(name string, workers int) (kernels.Device, error) {
+	return openDeviceWith(name, workers, deviceOptions{})
+}
+
+func openDeviceWith(name string, workers int, o deviceOptions) (kernels.Device, error) {
+	if name == "cpu" && o.algorithms == algorithmsFirst {
+		return nil, fault.BadField("cuda_algorithms", o.algorithms, algorithmsTimed+": the device cpu has none to choose from")
+	}
 	switch {
 	case name == "cpu", name == "auto" && !cudaBuilt:
-		return cpu.New(workers, options...)
+		return cpu.New(workers, cpu.Memory(o.memory))
 	case name == "auto":
-		if d, err := openCUDA(0); err == nil {
+		if d, err := openCUDA(0, o); err == nil {
 			if workers > 0 {
 				return nil, errors.Join(fault.BadField("workers", workers, "0, or the device cpu: auto found a CUDA device"), d.Close())
 			}
 			return d, nil
 		}
-		return cpu.New(workers, options...)
+		return cpu.New(workers, cpu.Memory(o.memory))
 	case strings.HasPrefix(name, "cuda:"):
 		n, err := strconv.Atoi(strings.TrimPrefix(name, "cuda:"))
 		if err != nil || n < 0 {
@@ -61,7 +85,7 @@ func openDevice(name string, workers int, options ...cpu.Option) (kernels.Device
 		if workers > 0 {
 			return nil, fault.BadField("workers", workers, "0: only the device cpu has workers")
 		}
-		return openCUDA(n)
+		return openCUDA(n, o)
 	}
 	return nil, fault.BadField("device", name, "cpu, auto or cuda:N")
 }
@@ -81,7 +105,7 @@ func (p *Program) Start(ctx context.Context) (err error) {
 	if err != nil {
 		return fmt.Errorf("open store: %w", err)
 	}
-	p.device, err = openDevice(p.Config.Device, p.Config.Workers, cpu.Memory(p.Config.DeviceMemory))
+	p.device, err = openDeviceWith(p.Config.Device, p.Config.Workers, p.Config.deviceOptions())
 	if err != nil {
 		return fmt.Errorf("open device: %w", err)
 	}
@@ -100,7 +124,7 @@ func (p *Program) Start(ctx context.Context) (err error) {
 		Sources:   p.gate.sources.Resolve,
 		PeakFLOPS: 1e12 * p.Config.PeakTFLOPS,
 		Reopen: func() (kernels.Device, error) { // the same one: auto might choose another
-			return openDevice(opened, p.Config.Workers, cpu.Memory(p.Config.DeviceMemory))
+			return openDeviceWith(opened, p.Config.Workers, p.Config.deviceOptions())
 		},
 		DeviceMemory: p.Config.DeviceMemory, SwapMemory: p.Config.swapMemory(p.device), SwapHold: time.Duration(p.Config.SwapHold),
 		OpenStore: func(ctx context.Context, url string) (storage.Blob, error) {

@@ -14,6 +14,8 @@ import (
 	"path/filepath"
 	"slices"
 	"time"
+
+	"trainerd/internal/durable"
 )
 
 // machine is what a choice is good for.
@@ -199,6 +201,9 @@ func (s *choices) write() error {
 	err = errors.Join(err, f.Sync(), f.Close())
 	if err == nil {
 		err = os.Rename(f.Name(), s.file)
+	}
+	if err == nil {
+		err = durable.SyncDir("cuda.choices", filepath.Dir(s.file))
 	}
 	if err != nil {
 		_ = os.Remove(f.Name())
