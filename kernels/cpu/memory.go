@@ -5,6 +5,7 @@ import (
 
 	"trainerd/internal/fault"
 	"trainerd/kernels"
+	"trainerd/kernels/hostmem"
 	"trainerd/kernels/internal/seal"
 )
 
@@ -71,7 +72,7 @@ func (d *device) Alloc(purpose string, t kernels.DType, n int) (kernels.Buffer, 
 	if err != nil {
 		return nil, err
 	}
-	b := view(t, n, s.bytes)
+	b := view(t, n, s.Bytes)
 	if bytes > 0 {
 		b.slab = s
 	}
@@ -97,45 +98,34 @@ func (d *device) take(purpose string, bytes int64) (*slab, error) {
 	}
 	s, err := takeSlab(purpose, bytes)
 	if err == nil {
-		d.used += int64(len(s.bytes))
+		d.used += int64(len(s.Bytes))
 	}
 	return s, err
 }
 
 func (d *device) give(s *slab) {
-	d.used -= int64(len(s.bytes))
-	s.free()
+	d.used -= int64(len(s.Bytes))
+	s.Free()
 }
 
-// slab is memory aligned to 64 bytes; raw is the mapping it lies in, nil when
-// it came from the Go heap.
-type slab struct{ bytes, raw []byte }
-
-// largeSlab is from where on a slab is mapped by itself; smaller ones come from
-// the Go heap, since a mapping costs at least a page and two system calls.
-const largeSlab = 4 << 20
+// slab is host memory of one allocation.
+type slab = hostmem.Span
 
 // takeSlab returns zeroed memory. It refuses what is not there, where the
 // system would promise it and end the process later.
 func takeSlab(purpose string, bytes int64) (*slab, error) {
-	if bytes < largeSlab {
-		return heapSlab(bytes), nil
+	if bytes < hostmem.Large {
+		return hostmem.Take(bytes)
 	}
 	_, free := hostMemory()
 	if bytes > free {
 		return nil, fault.New(fault.TooLarge, "out_of_memory", "allocate %s: %d bytes wanted, %d free", purpose, bytes, free)
 	}
-	s, err := mapSlab(bytes)
+	s, err := hostmem.Take(bytes)
 	if err != nil {
 		return nil, fault.New(fault.TooLarge, "out_of_memory", "allocate %s: %d bytes wanted, %d free: %w", purpose, bytes, free, err)
 	}
 	return s, nil
-}
-
-func heapSlab(bytes int64) *slab {
-	raw := make([]byte, bytes+alignment)
-	skip := int64(-uintptr(unsafe.Pointer(unsafe.SliceData(raw))) & (alignment - 1))
-	return &slab{bytes: raw[skip : skip+bytes : skip+bytes]}
 }
 
 // arena is one slab used as a stack.
@@ -163,10 +153,10 @@ func (d *device) FreeArena(a kernels.Arena) {
 func (a *arena) Alloc(t kernels.DType, n int) kernels.Buffer {
 	must(n >= 0, "arena alloc", "%d elements", n)
 	bytes := kernels.Round(int64(n)*int64(t.Size()), alignment)
-	if a.height+bytes > int64(len(a.slab.bytes)) {
-		panic(&kernels.OutOfArena{Want: bytes, Height: a.height, Capacity: int64(len(a.slab.bytes))})
+	if a.height+bytes > int64(len(a.slab.Bytes)) {
+		panic(&kernels.OutOfArena{Want: bytes, Height: a.height, Capacity: int64(len(a.slab.Bytes))})
 	}
-	b := view(t, n, a.slab.bytes[a.height:])
+	b := view(t, n, a.slab.Bytes[a.height:])
 	a.height += bytes
 	a.peak = max(a.peak, a.height)
 	return b
