@@ -69,8 +69,8 @@ const (
 	// ingestAhead is how many batches the queue may hold: enough that a step
 	// never waits for rows, few enough that memory says nothing of the total.
 	ingestAhead = 32
-	// ingestSnapshot is after how many steps the log is trimmed.
-	ingestSnapshot = 32
+	// ingestSnapshot is after how many steps the queue is written and the log trimmed.
+	ingestSnapshot = 128
 )
 
 // IngestResult is the line of output of Ingest. MB are 10^6 bytes of Arrow

@@ -48,6 +48,23 @@ func NewEngine(m *model.Model, s Settings) (*Engine, error) {
 	if s.Objective.NeedsReference() && held["reference"] == 0 {
 		return nil, fault.New(fault.Invalid, "no_reference", "new engine: objective.beta is %v and the model was loaded without a reference", s.Objective.Beta)
 	}
+	opt := m.Options()
+	for _, f := range []struct {
+		name, set string
+		is        bool
+		not, yes  string
+	}{
+		{"moments", s.Optimizer.Moments, opt.CompactMoments, Float32, MomentsCompact},
+		{"gradients", s.Optimizer.Gradients, opt.BF16Gradients, Float32, GradientsBFloat},
+	} {
+		loaded := f.not
+		if f.is {
+			loaded = f.yes
+		}
+		if f.set != loaded {
+			return nil, fault.BadField("optimizer."+f.name, f.set, loaded+", as which the model was loaded")
+		}
+	}
 	e := newEngine(m, m.Device().Advantages, s)
 	e.cost = costOf(m.Config())
 	e.memory = func() int64 { return m.Plan().Total }
@@ -172,6 +189,9 @@ func (e *Engine) admit(group *rollout.Group, i int) error {
 	case r.LossWeights != nil && len(r.LossWeights) != n:
 		return bad("loss_weights", len(r.LossWeights), fmt.Sprintf("%d values, one per token", n))
 	}
+	if allFinite(r.SamplerLogProbs) && r.LossWeights == nil {
+		return nil
+	}
 	for t, p := range r.SamplerLogProbs {
 		if !finite(float64(p)) && active(t) {
 			return bad(fmt.Sprintf("sampler_logprobs[%d]", t), p, "a finite number where the loss is not masked")
@@ -183,6 +203,16 @@ func (e *Engine) admit(group *rollout.Group, i int) error {
 		}
 	}
 	return nil
+}
+
+// allFinite says in one pass that no number is infinite or NaN.
+func allFinite(x []float32) bool {
+	const exponent = 0x7F800000 // all ones in what is not finite
+	var most uint32
+	for _, v := range x {
+		most = max(most, math.Float32bits(v)&exponent)
+	}
+	return most < exponent
 }
 
 // Next runs the next optimizer step and returns its metrics; done is true

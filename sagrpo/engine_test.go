@@ -563,3 +563,21 @@ func ExampleDefaultObjective() {
 	fmt.Println(o.Name, o.GroupSize, o.EpsilonLow, o.EpsilonHigh)
 	// Output: dapo 7 0.2 0.28
 }
+
+func TestAllFinite(t *testing.T) {
+	inf := float32(math.Inf(1))
+	for _, x := range [][]float32{nil, {0}, {-1, math.MaxFloat32, -math.MaxFloat32, math.SmallestNonzeroFloat32}} {
+		if !allFinite(x) {
+			t.Errorf("%v: refused", x)
+		}
+	}
+	for _, bad := range []float32{inf, -inf, float32(math.NaN()), math.Float32frombits(0xFF800001)} {
+		for at := range 3 {
+			x := []float32{-1, -2, -3}
+			x[at] = bad
+			if allFinite(x) {
+				t.Errorf("%v passed", x)
+			}
+		}
+	}
+}

@@ -493,12 +493,25 @@ func TestFastLogProbsAreTheSlowOnes(t *testing.T) {
 	}
 	for _, bits := range near {
 		data := binary.LittleEndian.AppendUint32(nil, bits)
-		a := &vec{typ: &dtype{class: floatClass, bits: 32}, n: 1, data: data}
 		v := math.Float32frombits(bits)
 		want := v <= maxLogProb && !math.IsInf(float64(v), 0)
-		var dst [1]float32
-		if got := a.logProbs(dst[:], 0); got != want || got && math.Float32bits(dst[0]) != bits {
-			t.Errorf("%08x (%v): passed %v, expected %v", bits, v, got, want)
+		good := binary.LittleEndian.AppendUint32(nil, math.Float32bits(-2))
+		for n := 1; n <= 5; n++ { // values are read by two
+			for at := range n {
+				var row []byte
+				for i := range n {
+					if i == at {
+						row = append(row, data...)
+					} else {
+						row = append(row, good...)
+					}
+				}
+				a := &vec{typ: &dtype{class: floatClass, bits: 32}, n: n, data: row}
+				dst := make([]float32, n)
+				if got := a.logProbs(dst, 0); got != want || got && math.Float32bits(dst[at]) != bits {
+					t.Errorf("%08x (%v) at %d of %d: passed %v, expected %v", bits, v, at, n, got, want)
+				}
+			}
 		}
 	}
 }

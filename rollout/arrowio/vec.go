@@ -262,17 +262,26 @@ func (a *vec) logProbs(dst []float32, lo int) bool {
 		return false
 	}
 	src := a.raw(lo, lo+len(dst))
-	src = src[:4*len(dst)]
-	for i := range dst {
-		v := binary.LittleEndian.Uint32(src[4*i:])
-		// As an integer the bits of a float count up from 0 and, with the sign bit, from -0.
-		if v > maxLogProbBits && v-signBit > maxFiniteBits {
+	i := 0
+	for ; len(src) >= 8 && i+1 < len(dst); i, src = i+2, src[8:] {
+		v := binary.LittleEndian.Uint64(src)
+		first, second := uint32(v), uint32(v>>32)
+		if !logProbBits(first) || !logProbBits(second) {
 			return false
 		}
+		dst[i], dst[i+1] = math.Float32frombits(first), math.Float32frombits(second)
+	}
+	if i < len(dst) {
+		v := binary.LittleEndian.Uint32(src)
 		dst[i] = math.Float32frombits(v)
+		return logProbBits(v)
 	}
 	return true
 }
+
+// logProbBits says whether a float32 is finite and at most maxLogProb: as integers
+// the bits of floats count up from 0 and, with the sign bit, from -0.
+func logProbBits(v uint32) bool { return v-signBit <= maxFiniteBits || v <= maxLogProbBits }
 
 // Bits of float32: of -0, of the greatest finite number, of maxLogProb.
 const (
