@@ -250,6 +250,9 @@ func ignorable(name string) bool {
 // Config returns the model's architecture.
 func (m *Model) Config() Config { return m.cfg }
 
+// Options returns what the model was loaded for.
+func (m *Model) Options() Options { return m.opt }
+
 // Device returns the device that the model lives on.
 func (m *Model) Device() kernels.Device { return m.dev }
 

@@ -300,12 +300,15 @@ func TestNewEngineRefuses(t *testing.T) {
 	bad, beta := good, good
 	bad.Objective.GroupSize = 0
 	beta.Objective.Beta = 0.1
+	compact, half := good, good
+	compact.Optimizer.Moments, half.Optimizer.Gradients = MomentsCompact, GradientsBFloat
 	for _, c := range []struct {
 		m    *model.Model
 		s    Settings
 		code string
 	}{
 		{trained, bad, "invalid_field"}, {m, good, "no_training"}, {trained, beta, "no_reference"},
+		{trained, compact, "invalid_field"}, {trained, half, "invalid_field"},
 	} {
 		_, err := NewEngine(c.m, c.s)
 		if f, ok := fault.As(err); !ok || f.Code != c.code {

@@ -1,5 +1,7 @@
 package sagrpo
 
+import "encoding/json"
+
 // Objective is the "objective" member of a job. Start from DefaultObjective or
 // ParseObjective; a field that its objective does not use is 0 and must stay 0.
 type Objective struct {
@@ -35,7 +37,28 @@ type Optimizer struct {
 	Eps         float64    `json:"eps"`
 	WeightDecay float64    `json:"weight_decay"`
 	MaxGradNorm float64    `json:"max_grad_norm"` // 0: no clipping
+	Moments     string     `json:"moments"`       // float32, or compact: 3 bytes a parameter instead of 8, see kernels.AdamW
+	Gradients   string     `json:"gradients"`     // float32, or bfloat16: 2 bytes a parameter instead of 4, see kernels.AddGrad
 	Schedule    Schedule   `json:"schedule"`
+}
+
+// Values of Optimizer.Moments and Optimizer.Gradients.
+const (
+	Float32         = "float32"  // of both
+	MomentsCompact  = "compact"  // int8 first moments with a scale for every 128, bfloat16 second moments
+	GradientsBFloat = "bfloat16" // computed in float32, kept in bfloat16
+)
+
+// UnmarshalJSON implements json.Unmarshaler: records from before moments and
+// gradients had a format have float32 ones.
+func (o *Optimizer) UnmarshalJSON(raw []byte) error {
+	type plain Optimizer
+	p := plain{Moments: Float32, Gradients: Float32}
+	if err := json.Unmarshal(raw, &p); err != nil {
+		return err
+	}
+	*o = Optimizer(p)
+	return nil
 }
 
 // Schedule is the learning rate over steps; see Settings.LR.
@@ -106,7 +129,7 @@ func DefaultObjective(name string) Objective {
 // DefaultOptimizer returns AdamW with the paper's learning rate, at a constant schedule.
 func DefaultOptimizer() Optimizer {
 	return Optimizer{
-		Name: "adamw", LR: 3e-6, Betas: [2]float64{0.9, 0.95}, Eps: 1e-8, MaxGradNorm: 1,
+		Name: "adamw", LR: 3e-6, Betas: [2]float64{0.9, 0.95}, Eps: 1e-8, MaxGradNorm: 1, Moments: Float32, Gradients: Float32,
 		Schedule: Schedule{Name: "constant"},
 	}
 }

@@ -85,7 +85,7 @@ func TestDefaults(t *testing.T) {
 			t.Errorf("written and read back, %q: %v", name, err)
 		}
 	}
-	wantOpt := Optimizer{Name: "adamw", LR: 3e-6, Betas: [2]float64{0.9, 0.95}, Eps: 1e-8, MaxGradNorm: 1, Schedule: Schedule{Name: "constant"}}
+	wantOpt := Optimizer{Name: "adamw", LR: 3e-6, Betas: [2]float64{0.9, 0.95}, Eps: 1e-8, MaxGradNorm: 1, Moments: "float32", Gradients: "float32", Schedule: Schedule{Name: "constant"}}
 	got, err := ParseOptimizer(json.RawMessage(`null`))
 	if err != nil {
 		t.Fatal(err)
@@ -134,6 +134,20 @@ func TestGivenIsNotAbsent(t *testing.T) {
 	wantOpt.MaxGradNorm, wantOpt.Betas, wantOpt.Schedule = 0, [2]float64{0, 0.5}, Schedule{Name: "cosine", DecaySteps: 10}
 	if diff := cmp.Diff(wantOpt, opt); diff != "" {
 		t.Errorf("optimizer (-want +got):\n%s", diff)
+	}
+}
+
+// TestOptimizerOfOldRecords: a record from before moments and gradients had a format has float32 ones.
+func TestOptimizerOfOldRecords(t *testing.T) {
+	for raw, want := range map[string][2]string{
+		`{"name": "adamw"}`:                       {"float32", "float32"},
+		`{"name": "adamw", "moments": "compact"}`: {"compact", "float32"},
+		`{"gradients": "bfloat16"}`:               {"float32", "bfloat16"},
+	} {
+		var o Optimizer
+		if err := json.Unmarshal([]byte(raw), &o); err != nil || [2]string{o.Moments, o.Gradients} != want {
+			t.Errorf("%s: moments %q, gradients %q, %v", raw, o.Moments, o.Gradients, err)
+		}
 	}
 }
 
@@ -247,6 +261,9 @@ func TestValidateRefuses(t *testing.T) {
 		{"eps 0", "sa_grpo", func(s *Settings) { s.Optimizer.Eps = 0 }, []string{"optimizer.eps"}},
 		{"decay negative", "sa_grpo", func(s *Settings) { s.Optimizer.WeightDecay = -0.1 }, []string{"optimizer.weight_decay"}},
 		{"norm negative", "sa_grpo", func(s *Settings) { s.Optimizer.MaxGradNorm = -1 }, []string{"optimizer.max_grad_norm"}},
+		{"moments unknown", "sa_grpo", func(s *Settings) { s.Optimizer.Moments = "int8" }, []string{"optimizer.moments"}},
+		{"no moments", "sa_grpo", func(s *Settings) { s.Optimizer.Moments = "" }, []string{"optimizer.moments"}},
+		{"gradients unknown", "sa_grpo", func(s *Settings) { s.Optimizer.Gradients = "compact" }, []string{"optimizer.gradients"}},
 		{"schedule unknown", "sa_grpo", func(s *Settings) { s.Optimizer.Schedule.Name = "step" }, []string{"optimizer.schedule.name"}},
 		{"warm-up negative", "sa_grpo", func(s *Settings) { s.Optimizer.Schedule.WarmupSteps = -1 }, []string{"optimizer.schedule.warmup_steps"}},
 		{"warm-up past the job", "sa_grpo", func(s *Settings) { s.MaxSteps, s.Optimizer.Schedule.WarmupSteps = 5, 6 }, []string{"optimizer.schedule.warmup_steps"}},

@@ -194,6 +194,8 @@ func (c *check) optimizer(o Optimizer) {
 	c.require(o.Eps > 0 && finite(o.Eps), "optimizer.eps", o.Eps, "more than 0")
 	c.require(o.WeightDecay >= 0 && finite(o.WeightDecay), "optimizer.weight_decay", o.WeightDecay, "0 or more")
 	c.require(o.MaxGradNorm >= 0 && fits(o.MaxGradNorm), "optimizer.max_grad_norm", o.MaxGradNorm, "0 (no clipping) or more")
+	c.require(o.Moments == Float32 || o.Moments == MomentsCompact, "optimizer.moments", fmt.Sprintf("%q", o.Moments), "float32 or compact")
+	c.require(o.Gradients == Float32 || o.Gradients == GradientsBFloat, "optimizer.gradients", fmt.Sprintf("%q", o.Gradients), "float32 or bfloat16")
 
 	s := o.Schedule
 	c.require(s.WarmupSteps >= 0, "optimizer.schedule.warmup_steps", s.WarmupSteps, "0 or more")

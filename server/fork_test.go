@@ -31,9 +31,19 @@ func digests(t *testing.T, c *client.Client, ctx context.Context, job string, st
 // TestForkWithTrainingState: a fork at step 2 of a parent, fed what the parent
 // got after it, has the parent's later weights and optimizer bit for bit, over a
 // schedule, a reference that moves, and a crash of the fork; a fork of the
-// weights alone has not.
+// weights alone has not. The same on compact moments and bfloat16 gradients.
 func TestForkWithTrainingState(t *testing.T) {
+	t.Run("float32", func(t *testing.T) {
+		forkWithTrainingState(t, map[string]any{"moments": "float32", "gradients": "float32"})
+	})
+	t.Run("compact", func(t *testing.T) {
+		forkWithTrainingState(t, map[string]any{"moments": "compact", "gradients": "bfloat16"})
+	})
+}
+
+func forkWithTrainingState(t *testing.T, optimizer map[string]any) {
 	const n = 3
+	optimizer["lr"], optimizer["schedule"] = 1e-2, map[string]any{"name": "cosine", "warmup_steps": 3, "decay_steps": 6}
 	e := servertest.Start(t, servertest.Options{Wrap: described(t), DType: "BF16"})
 	c, ctx := connect(t, e)
 	doc := func(model map[string]any) map[string]any {
@@ -41,7 +51,7 @@ func TestForkWithTrainingState(t *testing.T) {
 			"model": model,
 			"objective": map[string]any{"name": "sa_grpo", "group_size": n, "beta": 0.05,
 				"reference": map[string]any{"sync_every_steps": 3, "sync_alpha": 0.5}},
-			"optimizer": map[string]any{"lr": 1e-2, "schedule": map[string]any{"name": "cosine", "warmup_steps": 3, "decay_steps": 6}},
+			"optimizer": optimizer,
 			"batch":     map[string]any{"groups_per_step": 2, "max_tokens_per_micro_batch": 64, "max_policy_lag": -1},
 			// A snapshot at every step: digests of all three.
 			"checkpoint": map[string]any{"snapshot_every_steps": 1, "keep_last": 0},
@@ -136,19 +146,26 @@ func TestForkRefusals(t *testing.T) {
 		model    map[string]any
 		beta     float64
 		expected string
+		moments  string
 	}{
-		{map[string]any{"source": "dir:" + e.ModelDir, "state": "training"}, 0, "job:ID@STEP"},
-		{map[string]any{"source": "job:" + parent.ID + "@1", "state": "training"}, 0, "of steps 2"},
-		{map[string]any{"source": "job:" + parent.ID + "@2", "state": "everything"}, 0, "weights, training"},
-		{map[string]any{"source": "job:" + parent.ID + "@2", "state": "training"}, 0.1, "reference"},
-		{map[string]any{"source": "job:job-0123456789abcdef@latest", "state": "training"}, 0, "has none"},
+		{map[string]any{"source": "dir:" + e.ModelDir, "state": "training"}, 0, "job:ID@STEP", "float32"},
+		{map[string]any{"source": "job:" + parent.ID + "@1", "state": "training"}, 0, "of steps 2", "float32"},
+		{map[string]any{"source": "job:" + parent.ID + "@2", "state": "everything"}, 0, "weights, training", "float32"},
+		{map[string]any{"source": "job:" + parent.ID + "@2", "state": "training"}, 0.1, "reference", "float32"},
+		{map[string]any{"source": "job:job-0123456789abcdef@latest", "state": "training"}, 0, "has none", "float32"},
+		{map[string]any{"source": "job:" + parent.ID + "@2", "state": "training"}, 0, "float32, as in the source's state", "compact"},
 	} {
-		raw, err := json.Marshal(e.JobDocument(n, map[string]any{"model": tc.model, "objective": map[string]any{"name": "sa_grpo", "group_size": n, "beta": tc.beta}}))
+		field := "model.state"
+		if tc.moments != "float32" {
+			field = "optimizer.moments"
+		}
+		raw, err := json.Marshal(e.JobDocument(n, map[string]any{"model": tc.model, "optimizer": map[string]any{"moments": tc.moments},
+			"objective": map[string]any{"name": "sa_grpo", "group_size": n, "beta": tc.beta}}))
 		if err != nil {
 			t.Fatal(err)
 		}
 		status, p := exchange(t, http.MethodPost, e.URL+"/v1/jobs", raw, map[string]string{"Content-Type": "application/json"})
-		if status != 422 || len(p.Errors) != 1 || p.Errors[0].Name != "model.state" || !strings.Contains(p.Errors[0].Expected, tc.expected) {
+		if status != 422 || len(p.Errors) != 1 || p.Errors[0].Name != field || !strings.Contains(p.Errors[0].Expected, tc.expected) {
 			t.Errorf("%v: %d, %+v", tc.model, status, p)
 		}
 	}

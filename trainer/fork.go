@@ -68,6 +68,9 @@ func (m *Manager) forkable(ref jobSource, spec *Spec) error {
 	if had, wants := parent.spec.Objective.NeedsReference(), spec.Objective.NeedsReference(); had != wants {
 		return fault.BadField("model.state", stateTraining, fmt.Sprintf("weights: the source's state has a reference: %v, this objective needs one: %v", had, wants))
 	}
+	if had, wants := parent.spec.Optimizer.Moments, spec.Optimizer.Moments; had != wants {
+		return fault.BadField("optimizer.moments", wants, had+", as in the source's state, or model.state weights")
+	}
 	return nil
 }
 

@@ -15,6 +15,7 @@ import (
 	"trainerd/kernels"
 	"trainerd/model"
 	"trainerd/model/hf"
+	"trainerd/sagrpo"
 	"trainerd/storage"
 )
 
@@ -227,6 +228,8 @@ func (s *Spec) modelOptions() model.Options {
 	o := model.Options{
 		Train: true, Reference: s.Objective.NeedsReference(), MaxTokens: int(s.Batch.MaxTokens),
 		SampleSlots: int(s.Sampling.MaxSequences), SampleTokens: int(s.Sampling.MaxTokens),
+		CompactMoments: s.Optimizer.Moments == sagrpo.MomentsCompact, BF16Gradients: s.Optimizer.Gradients == sagrpo.GradientsBFloat,
+		RoundingSeed: uint64(s.Seed),
 	}
 	if s.Batch.Recompute == "layers" {
 		o.Recompute = model.RecomputeLayers
@@ -258,6 +261,9 @@ func (m *Manager) fit(ctx context.Context, id JobID, spec *Spec, base *baseModel
 		room, alone, ok := m.home.admit(id, plan.Total, state, plan.Free)
 		if ok {
 			return nil
+		}
+		if m.captures.dropIdle() {
+			continue // there may be more now
 		}
 		plan.Free = room
 		if alone || !m.evictEnded(ctx) {

@@ -27,7 +27,8 @@ type Spec struct {
 	Priority int64 `json:"priority"`
 	MaxSteps int64 `json:"max_steps"` // 0: endless
 	// Seed gives sampling requests without a seed of their own one that is a
-	// function of it and of the request's number in the job. Steps draw nothing.
+	// function of it and of the request's number in the job. Steps draw from it
+	// and their number what rounds compact moments and bfloat16 gradients, and nothing else.
 	Seed int64 `json:"seed"`
 }
 
