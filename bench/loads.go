@@ -76,9 +76,24 @@ func Shape(name string) (model.Config, error) {
 	return c, nil
 }
 
-// UsefulFLOPs is the arithmetic a load needs when each prompt is computed once:
+// Tokens returns the tokens that a load needs computed: each prompt once.
+func (l Load) Tokens() int {
+	n := 0
+	for _, g := range l.Groups {
+		n += l.Prompt
+		for _, c := range g {
+			n += c
+		}
+	}
+	return n
+}
+
+// UsefulFLOPs is the arithmetic a step on a load needs when each prompt is computed once:
 // 6 per body parameter and token, 6·V·d per predicted token, causal attention.
-func UsefulFLOPs(c model.Config, l Load) float64 {
+func UsefulFLOPs(c model.Config, l Load) float64 { return 3 * UsefulForwardFLOPs(c, l) }
+
+// UsefulForwardFLOPs is the share of the forward pass, a third of it.
+func UsefulForwardFLOPs(c model.Config, l Load) float64 {
 	d, kv := float64(c.Hidden), float64(c.KVHeads*c.HeadDim)
 	body := float64(c.Layers) * (2*d*d + 2*d*kv + 3*d*float64(c.FFN))
 	var tokens, predicted, pairs float64
@@ -93,5 +108,5 @@ func UsefulFLOPs(c model.Config, l Load) float64 {
 			pairs += c*p + c*c/2
 		}
 	}
-	return 6*body*tokens + 6*float64(c.Vocab)*d*predicted + 12*float64(c.Layers)*d*pairs
+	return 2*body*tokens + 2*float64(c.Vocab)*d*predicted + 4*float64(c.Layers)*d*pairs
 }

@@ -4,7 +4,6 @@ import (
 	"context"
 	"fmt"
 	"math/rand/v2"
-	"sort"
 	"time"
 
 	"trainerd/kernels"
@@ -26,60 +25,106 @@ type StepResult struct {
 	RolloutsS   float64      `json:"rollouts_s"`
 	UsefulGFLOP float64      `json:"useful_gflop_s"`
 	Plan        kernels.Plan `json:"memory_plan"`
+	PeakBytes   int64        `json:"peak_bytes"` // on the device: the plan with the scratch memory that was used
+
+	*Floor
+	Profile *StepProfile `json:"profile,omitempty"`
+}
+
+// Floor is the load's useful arithmetic at the rate of a large product on the same device, measured before the step.
+type Floor struct {
+	MatmulTFLOPS float64 `json:"matmul_tflop_s"`
+	Seconds      float64 `json:"floor_s"`
+	RolloutsS    float64 `json:"floor_rollouts_s"`
+	MFU          float64 `json:"mfu"` // floor / step: useful FLOP/s as a share of that rate
+}
+
+// StepOptions say what Step measures.
+type StepOptions struct {
+	Shape, Load string
+	Repeats     int
+	MaxTokens   int
+	Floor       bool // measure the rate of a large product before the step
+	Profile     bool // add steps in which every operation is timed
+}
+
+// check returns the model and the load that a benchmark of steps names.
+func (o StepOptions) check() (model.Config, Load, error) {
+	cfg, err := Shape(o.Shape)
+	if err != nil {
+		return cfg, Load{}, err
+	}
+	l, err := LoadByName(o.Load)
+	if err != nil {
+		return cfg, l, err
+	}
+	if o.Repeats < 1 {
+		return cfg, l, fmt.Errorf("repeats is %d, expected 1 or more", o.Repeats)
+	}
+	return cfg, l, nil
 }
 
 // Step times whole SA-GRPO steps (forward, loss, backward, clip, AdamW) of a
 // randomly initialised model and returns the median after one warm-up. Rewards
 // and tokens are seeded; the sampler's log-probs are -12 as in torch_baseline.py.
-func Step(ctx context.Context, dev kernels.Device, shape, load string, repeats, maxTokens int) (StepResult, error) {
-	cfg, err := Shape(shape)
+func Step(ctx context.Context, dev kernels.Device, o StepOptions) (StepResult, error) {
+	cfg, l, err := o.check()
 	if err != nil {
 		return StepResult{}, err
 	}
-	l, err := LoadByName(load)
+	info, flops := dev.Info(), UsefulFLOPs(cfg, l)
+	r := StepResult{Name: "step", Impl: "trainerd", Device: info.Name, Workers: info.Workers, Shape: o.Shape, Load: o.Load, Rollouts: l.Rollouts()}
+	if o.Floor {
+		if r.Floor, err = newFloor(ctx, dev, flops, l.Rollouts()); err != nil {
+			return r, err
+		}
+	}
+	clock, ok := dev.(kernels.Profiler)
+	if o.Profile && !ok {
+		t := kernels.NewTimed(dev)
+		dev, clock = t, t
+	}
+	t, err := newTrainee(ctx, dev, cfg, l, model.Options{Train: true, MaxTokens: o.MaxTokens}, sagrpo.DefaultOptimizer())
 	if err != nil {
-		return StepResult{}, err
+		return r, err
 	}
-	if repeats < 1 {
-		return StepResult{}, fmt.Errorf("repeats is %d, expected 1 or more", repeats)
+	defer t.m.Close()
+	if r.StepSeconds, err = medianSeconds(o.Repeats, func() error { return t.step(ctx) }); err != nil {
+		return r, err
 	}
-	src, err := model.NewRandom(cfg, 1)
+	r.RolloutsS, r.UsefulGFLOP = float64(r.Rollouts)/r.StepSeconds, flops/r.StepSeconds/1e9
+	r.Plan, r.PeakBytes = t.m.Plan(), t.peak()
+	if r.Floor != nil {
+		r.MFU = r.Floor.Seconds / r.StepSeconds
+	}
+	if o.Profile {
+		r.Profile, err = profileSteps(ctx, clock, min(o.Repeats, 3), r.StepSeconds, t.step)
+	}
+	return r, err
+}
+
+func newFloor(ctx context.Context, dev kernels.Device, flops float64, rollouts int) (*Floor, error) {
+	c, err := MeasureCeilings(ctx, dev)
 	if err != nil {
-		return StepResult{}, err
+		return nil, fmt.Errorf("measure ceilings: %w", err)
 	}
-	m, err := model.Load(ctx, dev, src, model.Options{Train: true, MaxTokens: maxTokens})
-	if err != nil {
-		return StepResult{}, err
-	}
-	defer m.Close()
-	obj, opt := sagrpo.DefaultObjective("sa_grpo"), sagrpo.DefaultOptimizer()
-	obj.GroupSize = len(l.Groups[0])
-	e, err := sagrpo.NewEngine(m, sagrpo.Settings{Objective: obj, Optimizer: opt, MaxTokens: maxTokens})
-	if err != nil {
-		return StepResult{}, err
-	}
-	groups := l.groups(cfg.Vocab)
+	s := flops / (c.MatmulTFLOPS * 1e12)
+	return &Floor{MatmulTFLOPS: c.MatmulTFLOPS, Seconds: s, RolloutsS: float64(rollouts) / s}, nil
+}
+
+// medianSeconds times a run repeatedly, after one that does not count.
+func medianSeconds(repeats int, run func() error) (float64, error) {
 	var times []float64
 	for i := range repeats + 1 {
 		start := time.Now()
-		c, err := e.Consume(ctx, groups, int64(i))
-		if err != nil {
-			return StepResult{}, err
-		}
-		for done := false; !done; {
-			if _, done, err = c.Next(ctx); err != nil {
-				return StepResult{}, err
-			}
+		if err := run(); err != nil {
+			return 0, err
 		}
 		if i > 0 {
 			times = append(times, time.Since(start).Seconds())
 		}
 	}
-	sort.Float64s(times)
-	t := times[len(times)/2]
-	info := dev.Info()
-	return StepResult{Name: "step", Impl: "trainerd", Device: info.Name, Workers: info.Workers, Shape: shape, Load: load, Rollouts: l.Rollouts(),
-		StepSeconds: t, RolloutsS: float64(l.Rollouts()) / t, UsefulGFLOP: UsefulFLOPs(cfg, l) / t / 1e9, Plan: m.Plan()}, nil
+	return median(times), nil
 }
 
 // groups makes the load's rollouts from a fixed seed; no group has zero variance.

@@ -2,6 +2,7 @@ package kernels
 
 import (
 	"cmp"
+	"maps"
 	"slices"
 )
 
@@ -54,6 +55,9 @@ func PhaseOf(operation string) (p Phase, known bool) {
 	}
 	return p, known
 }
+
+// Operations names all operations, in alphabetical order.
+func Operations() []string { return slices.Sorted(maps.Keys(phases)) }
 
 // Profiler is a device that times its operations by a clock of its own: CUDA
 // events on the stream, or the processor's clock around each call (Timed).

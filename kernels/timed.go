@@ -146,6 +146,8 @@ func (t *Timed) ClipCoef(coef, sumsq Buffer, scale, maxNorm float32) {
 
 func (t *Timed) AdamW(x AdamW) { t.time("adamw", func() { t.Device.AdamW(x) }) }
 
+func (t *Timed) AddGrad(x AddGrad) { t.time("add gradient", func() { t.Device.AddGrad(x) }) }
+
 // What a Planner asks; a device that does not say needs none.
 
 func (t *Timed) AttentionScratch(n, h, kv, hd int, backward bool) int64 {

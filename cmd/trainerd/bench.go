@@ -12,29 +12,8 @@ import (
 
 func newBench() *cobra.Command {
 	root := &cobra.Command{Use: "bench", Short: "Measure this machine: one JSON object per line"}
-	var device, shape, load string
-	var workers, repeats, tokens int
-
-	step := &cobra.Command{
-		Use:   "step",
-		Short: "Whole SA-GRPO steps of a randomly initialised model",
-		Args:  cobra.NoArgs,
-		RunE: func(cmd *cobra.Command, args []string) error {
-			dev, err := openDevice(device, workers)
-			if err != nil {
-				return err
-			}
-			defer dev.Close()
-			r, err := bench.Step(cmd.Context(), dev, shape, load, repeats, tokens)
-			if err != nil {
-				return err
-			}
-			return json.NewEncoder(cmd.OutOrStdout()).Encode(r)
-		},
-	}
-	step.Flags().StringVar(&shape, "shape", "135m", "smoke, 135m, 0.5b, 1.5b or 7b")
-	step.Flags().StringVar(&load, "load", "cpu512", "smoke, cpu512, flat, secloop or reason")
-	step.Flags().IntVar(&tokens, "max-tokens", 16384, "token budget of a micro-batch")
+	var device string
+	var workers, repeats int
 
 	gemm := &cobra.Command{
 		Use:   "gemm",
@@ -89,11 +68,11 @@ func newBench() *cobra.Command {
 	ckpt.Flags().StringVar(&checkpoint.DType, "dtype", "BF16", "F32, BF16 or F16: of the published weights")
 	ckpt.Flags().BoolVar(&checkpoint.Snapshot, "snapshot", false, "with optimizer state")
 	ckpt.Flags().StringVar(&dir, "dir", "", "directory for the store; default: the system's for temporary files")
-	for _, c := range []*cobra.Command{step, gemm, ckpt} {
+	for _, c := range []*cobra.Command{gemm, ckpt} {
 		c.Flags().StringVar(&device, "device", "auto", "cpu, cuda:N or auto")
 		c.Flags().IntVar(&workers, "workers", 0, "CPU workers; 0: one per core")
 		c.Flags().IntVar(&repeats, "repeats", 5, "timed repetitions after one warm-up")
 	}
-	root.AddCommand(newBenchLoad(), newBenchIngest(), step, gemm, ckpt)
+	root.AddCommand(newBenchLoad(), newBenchIngest(), newBenchStep(), newBenchKernels(), newBenchScore(), newBenchDecode(), gemm, ckpt)
 	return root
 }

@@ -1,0 +1,162 @@
+package main
+
+import (
+	"encoding/json"
+	"fmt"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"trainerd/bench"
+	"trainerd/kernels"
+)
+
+// benchDevice are the flags that all benchmarks of a device have.
+type benchDevice struct {
+	device           string
+	workers, repeats int
+}
+
+func (b *benchDevice) flags(c *cobra.Command) {
+	c.Flags().StringVar(&b.device, "device", "auto", "cpu, cuda:N or auto")
+	c.Flags().IntVar(&b.workers, "workers", 0, "CPU workers; 0: one per core")
+	c.Flags().IntVar(&b.repeats, "repeats", 5, "timed repetitions after one warm-up")
+}
+
+// on runs f on the device.
+func (b *benchDevice) on(f func(kernels.Device) error) error {
+	dev, err := openDevice(b.device, b.workers)
+	if err != nil {
+		return err
+	}
+	if err := f(dev); err != nil {
+		_ = dev.Close()
+		return err
+	}
+	return dev.Close()
+}
+
+// stepFlags are those of the benchmarks that run a load on a model.
+func stepFlags(c *cobra.Command, o *bench.StepOptions, shape, load string) {
+	c.Flags().StringVar(&o.Shape, "shape", shape, "smoke, 135m, 0.5b, 1.5b or 7b")
+	c.Flags().StringVar(&o.Load, "load", load, "smoke, cpu512, flat, secloop or reason")
+	c.Flags().IntVar(&o.MaxTokens, "max-tokens", 16384, "token budget of a micro-batch")
+}
+
+func newBenchStep() *cobra.Command {
+	var d benchDevice
+	var o bench.StepOptions
+	c := &cobra.Command{
+		Use:   "step",
+		Short: "Whole SA-GRPO steps of a randomly initialised model (the table of a profile goes to stderr)",
+		Args:  cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, args []string) error {
+			return d.on(func(dev kernels.Device) error {
+				o.Repeats = d.repeats
+				r, err := bench.Step(cmd.Context(), dev, o)
+				if err != nil {
+					return err
+				}
+				if r.Profile != nil {
+					if err := r.Profile.Table(cmd.ErrOrStderr()); err != nil {
+						return err
+					}
+				}
+				return json.NewEncoder(cmd.OutOrStdout()).Encode(r)
+			})
+		},
+	}
+	d.flags(c)
+	stepFlags(c, &o, "135m", "cpu512")
+	c.Flags().BoolVar(&o.Floor, "floor", false, "measure the rate of a large product first, and say which share of it the step reaches")
+	c.Flags().BoolVar(&o.Profile, "profile", false, "time every operation of three more steps and say where the time goes")
+	return c
+}
+
+func newBenchScore() *cobra.Command {
+	var d benchDevice
+	var o bench.StepOptions
+	c := &cobra.Command{
+		Use:   "score",
+		Short: "Log-probs of a load, as POST /v1/jobs/ID/logprobs computes them",
+		Args:  cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, args []string) error {
+			return d.on(func(dev kernels.Device) error {
+				o.Repeats = d.repeats
+				r, err := bench.Score(cmd.Context(), dev, o)
+				if err != nil {
+					return err
+				}
+				return json.NewEncoder(cmd.OutOrStdout()).Encode(r)
+			})
+		},
+	}
+	d.flags(c)
+	stepFlags(c, &o, "0.5b", "secloop")
+	c.Flags().BoolVar(&o.Floor, "floor", false, "measure the rate of a large product first, and say which share of it is reached")
+	return c
+}
+
+func newBenchDecode() *cobra.Command {
+	var d benchDevice
+	var o bench.DecodeOptions
+	c := &cobra.Command{
+		Use:   "decode",
+		Short: "Sampling with a key-value cache, as POST /v1/jobs/ID/sample does it",
+		Args:  cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, args []string) error {
+			return d.on(func(dev kernels.Device) error {
+				o.Repeats = d.repeats
+				r, err := bench.Decode(cmd.Context(), dev, o)
+				if err != nil {
+					return err
+				}
+				return json.NewEncoder(cmd.OutOrStdout()).Encode(r)
+			})
+		},
+	}
+	d.flags(c)
+	c.Flags().StringVar(&o.Shape, "shape", "0.5b", "smoke, 135m, 0.5b, 1.5b or 7b")
+	c.Flags().IntVar(&o.Sequences, "sequences", 64, "decoded at once")
+	c.Flags().IntVar(&o.Group, "group", 8, "sequences of a prompt")
+	c.Flags().IntVar(&o.Prompt, "prompt", 1536, "tokens of a prompt")
+	c.Flags().IntVar(&o.NewTokens, "new-tokens", 128, "tokens of a sequence")
+	return c
+}
+
+func newBenchKernels() *cobra.Command {
+	var d benchDevice
+	var o bench.KernelsOptions
+	c := &cobra.Command{
+		Use:   "kernels",
+		Short: "Every operation of the device at the sizes of a load, beside its floor (the table goes to stderr)",
+		Args:  cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, args []string) error {
+			return d.on(func(dev kernels.Device) error {
+				enc := json.NewEncoder(cmd.OutOrStdout())
+				var results []bench.KernelResult
+				err := bench.Kernels(cmd.Context(), dev, o, func(r any) error {
+					switch r := r.(type) {
+					case bench.KernelResult:
+						results = append(results, r)
+					case bench.Ceilings:
+						fmt.Fprintf(cmd.ErrOrStderr(), "%s (%s): copy %.1f GB/s, product of %d³ %.4g TFLOP/s\n", r.Device, r.Model, r.CopyGBs, r.Matmul, r.MatmulTFLOPS)
+					}
+					return enc.Encode(r)
+				})
+				if err != nil {
+					return err
+				}
+				return bench.KernelTable(cmd.ErrOrStderr(), results)
+			})
+		},
+	}
+	d.flags(c)
+	_ = c.Flags().MarkHidden("repeats") // the budget decides
+	c.Flags().StringVar(&o.Shape, "shape", "0.5b", "smoke, 135m, 0.5b, 1.5b or 7b")
+	c.Flags().StringVar(&o.Load, "load", "secloop", "smoke, cpu512, flat, secloop or reason")
+	c.Flags().IntVar(&o.MaxTokens, "max-tokens", 16384, "the leading groups of the load that fit are timed")
+	c.Flags().StringVar(&o.Only, "only", "", "one operation by its name in the output")
+	c.Flags().DurationVar(&o.Budget, "budget", 150*time.Millisecond, "time for one operation, after which it is repeated no more")
+	return c
+}
