@@ -39,13 +39,14 @@ func (m *Model) newPass(w *params, positions []int32, backward bool) *pass {
 	p := &pass{m: m, w: w, t: t, pos: m.putI32(positions), acts: make([]saved, c.Layers)}
 	p.h, p.sw, p.out = m.act(t*d), m.act(t*c.FFN), m.act(t*d)
 
-	rest := func(x1 kernels.Buffer) saved {
-		s := saved{x1: x1, qkv: m.act(t * width), attn: m.act(t * hw), gu: m.act(t * 2 * c.FFN)}
+	// between takes what lies between a layer's input and its gate|up.
+	between := func(s *saved) {
+		s.qkv, s.attn = m.act(t*width), m.act(t*hw)
 		s.pre = s.qkv
 		if c.QKNorm {
 			s.pre = m.act(t * width)
 		}
-		s.x2 = x1
+		s.x2 = s.x1
 		if backward {
 			s.x2 = m.act(t * d)
 			s.rstd1, s.rstd2, s.lse = f32(t), f32(t), f32(t*c.Heads)
@@ -53,22 +54,33 @@ func (m *Model) newPass(w *params, positions []int32, backward bool) *pass {
 				s.rstdQ = f32(t * (c.Heads + c.KVHeads))
 			}
 		}
-		return s
 	}
-	var shared saved
+	var shared saved // of the layers that compute it again, or that keep nothing
 	for i := range p.acts {
-		switch {
-		case backward && m.opt.Recompute == RecomputeCheap:
-			p.acts[i] = rest(m.act(t * d))
-		case i == 0:
-			shared = rest(m.act(t * d))
-			p.acts[i] = shared
-		default:
-			p.acts[i] = shared
-			if backward {
-				p.acts[i].x1 = m.act(t * d)
-			}
+		s := &p.acts[i]
+		mode := m.opt.recompute(i)
+		if s.x1 = shared.x1; backward || s.x1 == nil {
+			s.x1 = m.act(t * d)
 		}
+		if backward && mode < RecomputeLayers {
+			between(s)
+		} else {
+			if shared.qkv == nil {
+				shared.x1 = s.x1
+				between(&shared)
+			}
+			x1, gu := s.x1, shared.gu
+			*s = shared
+			s.x1, s.gu = x1, gu
+		}
+		if backward && mode == RecomputeCheap {
+			s.gu = m.act(t * 2 * c.FFN)
+			continue
+		}
+		if shared.gu == nil {
+			shared.gu = m.act(t * 2 * c.FFN)
+		}
+		s.gu = shared.gu
 	}
 	return p
 }
@@ -109,6 +121,22 @@ func (p *pass) layer(l int) {
 	p.linear(s.gu, p.h, w.gateUp, 2*c.FFN, c.Hidden, nil)
 }
 
+// again computes what a layer did not keep.
+func (p *pass) again(l int) {
+	m, c, s, w := p.m, p.m.cfg, &p.acts[l], &p.w.layers[l]
+	norm := kernels.Norm{Out: p.h, T: p.t, D: c.Hidden, Eps: float32(c.NormEps)}
+	switch m.opt.recompute(l) {
+	case RecomputeLayers:
+		norm.Rstd, norm.X, norm.W = s.rstd1, s.x1, w.norm1
+		m.dev.RMSNorm(norm)
+		p.layer(l)
+	case RecomputeMLP:
+		norm.X, norm.W = s.x2, w.norm2
+		m.dev.RMSNorm(norm)
+		p.linear(s.gu, p.h, w.gateUp, 2*c.FFN, c.Hidden, nil)
+	}
+}
+
 // linear computes y[T,n] = x[T,k]·wᵀ (+ bias).
 func (p *pass) linear(y, x, w kernels.Buffer, n, k int, bias kernels.Buffer) {
 	p.m.dev.Gemm(kernels.Gemm{A: x, B: w, C: y, M: p.t, N: n, K: k, TransB: true, Bias: bias})
@@ -143,9 +171,8 @@ func (p *pass) backward(dx kernels.Buffer, layout kernels.Layout, grads *sink) {
 	eps := float32(c.NormEps)
 	for l := len(p.acts) - 1; l >= 0; l-- {
 		s, w, gl := &p.acts[l], &p.w.layers[l], grads.layerGrad(l)
-		if m.opt.Recompute == RecomputeLayers && l < len(p.acts)-1 {
-			m.dev.RMSNorm(kernels.Norm{Out: p.h, Rstd: s.rstd1, X: s.x1, W: w.norm1, T: t, D: d, Eps: eps})
-			p.layer(l)
+		if l < len(p.acts)-1 { // what the layers share is still the last one's
+			p.again(l)
 		}
 		// MLP. sw is recomputed, then holds its own gradient; the gradient of
 		// gate|up takes the place of gate|up, that of the norm's output its place.

@@ -187,12 +187,18 @@ func TestGradientInvariance(t *testing.T) {
 			l.Weight[0] = 1
 			want := gradient(t, m, b, l)
 			sameGradient(t, "prompt repeated", gradient(t, m, pack(samples, false), l), want, 1e-5)
-			for what, opt := range map[string]model.Options{
-				"head in chunks":    {Train: true, MaxTokens: 128, MaxPredictions: 3},
-				"layers recomputed": {Train: true, MaxTokens: 128, Recompute: model.RecomputeLayers},
+			for what, tc := range map[string]struct {
+				opt model.Options
+				tol float64
+			}{
+				"head in chunks":                      {model.Options{Train: true, MaxTokens: 128, MaxPredictions: 3}, 1e-5},
+				"mlp recomputed":                      {model.Options{Train: true, MaxTokens: 128, Recompute: model.RecomputeMLP}, 0},
+				"layers recomputed":                   {model.Options{Train: true, MaxTokens: 128, Recompute: model.RecomputeLayers}, 0},
+				"mlp recomputed in the first":         {model.Options{Train: true, MaxTokens: 128, RecomputeMore: 1}, 0},
+				"the first recomputed, mlp in others": {model.Options{Train: true, MaxTokens: 128, Recompute: model.RecomputeMLP, RecomputeMore: 1}, 0},
 			} {
-				other := load(t, dev, src, opt)
-				sameGradient(t, what, gradient(t, other, b, l), want, 1e-5)
+				other := load(t, dev, src, tc.opt)
+				sameGradient(t, what, gradient(t, other, b, l), want, tc.tol)
 				other.Close()
 			}
 

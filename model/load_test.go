@@ -214,6 +214,8 @@ func TestPlanIsExact(t *testing.T) {
 			for _, opt := range []model.Options{
 				{Train: true, MaxTokens: 40, SampleSlots: 6, SampleTokens: 200},
 				{Train: true, MaxTokens: 40, MaxPredictions: 7, Recompute: model.RecomputeLayers, Reference: true},
+				{Train: true, MaxTokens: 40, MaxPredictions: 7, Recompute: model.RecomputeMLP, RecomputeMore: 1, BF16Gradients: true, CompactMoments: true},
+				{Train: true, MaxTokens: 40, BF16Gradients: true},
 				{MaxTokens: 40},
 				{MaxTokens: 2, SampleSlots: 50, SampleTokens: 500},
 			} {

@@ -52,7 +52,9 @@ func (o Options) validate() error {
 	case o.SampleSlots > 0 && (o.SampleTokens < 1 || o.SampleTokens > maxTokens):
 		return fault.BadField("sample_tokens", o.SampleTokens, fmt.Sprintf("1 to %d when there are sample slots", maxTokens))
 	case o.Recompute > RecomputeLayers:
-		return fault.BadField("recompute", o.Recompute, "a known mode")
+		return fault.BadField("recompute", int(o.Recompute), "a known mode")
+	case o.RecomputeMore < 0 || o.RecomputeMore > 0 && o.Recompute == RecomputeLayers:
+		return fault.BadField("recompute_more", o.RecomputeMore, "0 or more, and 0 with layers")
 	}
 	return nil
 }
@@ -131,8 +133,14 @@ func tooLarge(dev kernels.Device, cfg Config, opt Options, plan kernels.Plan) er
 		}
 		suggest("max_tokens_per_micro_batch", opt.MaxTokens, fmt.Sprintf("at most %d, everything else unchanged", lo))
 	}
-	if opt.Train && opt.Recompute < RecomputeLayers && fits(func(o *Options) { o.Recompute = RecomputeLayers }) {
-		suggest("recompute", "cheap", "layers")
+	if opt.Train && opt.Recompute < RecomputeLayers && fits(func(o *Options) { o.Recompute, o.RecomputeMore = RecomputeLayers, 0 }) {
+		suggest("recompute", opt.Recompute, "layers")
+	}
+	if opt.Train && !opt.CompactMoments && fits(func(o *Options) { o.CompactMoments = true }) {
+		suggest("optimizer.moments", momentsName(false), momentsName(true))
+	}
+	if opt.Train && !opt.BF16Gradients && fits(func(o *Options) { o.BF16Gradients = true }) {
+		suggest("optimizer.gradients", "float32", "bfloat16")
 	}
 	if opt.Reference && fits(func(o *Options) { o.Reference = false }) {
 		suggest("beta", "> 0 (a reference model is kept)", "0")

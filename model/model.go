@@ -22,23 +22,12 @@ type Options struct {
 	SampleSlots    int       // most sequences decoded at once; 0: no sampling
 	SampleTokens   int       // most cache rows of one sampling call: prompts plus slots*max new tokens
 	Recompute      Recompute // what the backward pass computes again
+	RecomputeMore  int       // layers, the first ones, for which that goes one mode further
 
 	CompactMoments bool   // 8-bit first and bfloat16 second moments: 3.03 bytes a parameter instead of 8, see kernels.AdamW
 	BF16Gradients  bool   // gradients are kept in bfloat16 between micro-batches, and computed in float32
 	RoundingSeed   uint64 // of the stochastic rounding that the two need
 }
-
-// Recompute trades arithmetic for activation memory.
-type Recompute uint8
-
-const (
-	// RecomputeCheap computes norm and SwiGLU outputs again and keeps the rest
-	// of each layer: they cost one pass over memory, which reading them back would too.
-	RecomputeCheap Recompute = iota
-	// RecomputeLayers keeps each layer's input only and runs its forward pass
-	// again: about a third more arithmetic, activations independent of depth but for T*d.
-	RecomputeLayers
-)
 
 // Weights selects which weights a forward pass uses.
 type Weights uint8
