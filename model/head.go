@@ -40,6 +40,22 @@ func (p *pass) finalNorm(hidden, sum, rstd kernels.Buffer, rows []int32) {
 	m.dev.RMSNorm(kernels.Norm{Out: hidden, Rstd: rstd, X: sum, Add: hidden, Sum: sum, W: p.w.norm, T: n, D: d, Eps: float32(m.cfg.NormEps)})
 }
 
+// fetch asks for the head's outputs, which out holds once the device was waited
+// for; devices that need not be are waited for here.
+func (h *headPass) fetch(m *Model, out Scores) error {
+	late, ok := m.dev.(kernels.Fetcher)
+	if !ok {
+		return h.scores(m, out)
+	}
+	if err := late.Fetch(denseF32(out.LogProb), h.head.LogProb); err != nil {
+		return fmt.Errorf("score: %w", err)
+	}
+	if err := late.Fetch(denseF32(out.Entropy), h.head.Entropy); err != nil {
+		return fmt.Errorf("score: %w", err)
+	}
+	return nil
+}
+
 // scores waits for the head and copies its outputs to out.
 func (h *headPass) scores(m *Model, out Scores) error {
 	if err := m.dev.Download(denseF32(out.LogProb), h.head.LogProb); err != nil {

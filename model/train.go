@@ -55,6 +55,31 @@ func (m *Model) scoreRows(p *pass, b *Batch, temperature float32) (Scores, error
 // With Loss.Coefficients the head runs twice (all log-probs before any
 // gradient); otherwise once.
 func (m *Model) ForwardBackward(b *Batch, l Loss) (Scores, error) {
+	fresh, micro := m.fresh, m.micro
+	s, err := m.Accumulate(b, l)
+	if err == nil {
+		err = m.Settle()
+	}
+	if err != nil {
+		m.fresh, m.micro = fresh, micro
+		return Scores{}, err
+	}
+	return s, nil
+}
+
+// Settle waits for what Accumulate began, fills in its scores, and returns what
+// failed; the gradient is then to be dropped by ZeroGrad.
+func (m *Model) Settle() error {
+	if err := m.dev.Sync(); err != nil {
+		return fmt.Errorf("forward and backward pass: %w", err)
+	}
+	return nil
+}
+
+// Accumulate is ForwardBackward that does not wait for the device, so that
+// micro-batches follow each other there without a gap: the scores hold nothing
+// before Settle has returned nil. With Loss.Coefficients it waits for the log-probs.
+func (m *Model) Accumulate(b *Batch, l Loss) (Scores, error) {
 	weights, err := m.weights(Policy)
 	if err != nil {
 		return Scores{}, err
@@ -109,7 +134,7 @@ func (m *Model) ForwardBackward(b *Batch, l Loss) (Scores, error) {
 			}
 		}
 		m.headBackward(h, g, dNorm, dx)
-		return h.scores(m, out.part(from, to))
+		return h.fetch(m, out.part(from, to))
 	})
 	if err != nil {
 		return Scores{}, err
@@ -122,9 +147,6 @@ func (m *Model) ForwardBackward(b *Batch, l Loss) (Scores, error) {
 	p.backward(dx, layout, grads)
 	m.arena.Release(layersMark)
 	grads.addEmbedding(dx, b.Tokens)
-	if err := m.dev.Sync(); err != nil {
-		return Scores{}, fmt.Errorf("forward and backward pass: %w", err)
-	}
 	m.fresh = false
 	m.micro++
 	return out, nil

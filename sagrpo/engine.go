@@ -16,7 +16,9 @@ import (
 // policy is what a step asks of a model.
 type policy interface {
 	Score(b *model.Batch, w model.Weights, temperature float32) (model.Scores, error)
-	ForwardBackward(b *model.Batch, l model.Loss) (model.Scores, error)
+	// Accumulate's scores hold once Settle has returned nil.
+	Accumulate(b *model.Batch, l model.Loss) (model.Scores, error)
+	Settle() error
 	ZeroGrad()
 	OptimStep(o model.AdamW) (model.StepResult, error)
 	SyncReference(alpha float32) error
@@ -233,16 +235,22 @@ func (c *Consumption) Next(ctx context.Context) (m Metrics, done bool, err error
 	}()
 	e.policy.ZeroGrad()
 	var seen observed
-	fresh := make([][]float32, 0, len(c.micros))
+	scores := make([]model.Scores, len(c.micros))
 	for i := range c.micros {
 		if err := ctx.Err(); err != nil {
 			return nil, false, err
 		}
-		logp, err := c.accumulate(&c.micros[i], &seen)
-		if err != nil {
+		if scores[i], err = c.accumulate(&c.micros[i], &seen); err != nil {
 			return nil, false, err
 		}
-		fresh = append(fresh, logp)
+	}
+	if err := e.policy.Settle(); err != nil {
+		return nil, false, err
+	}
+	for i := range c.micros {
+		if err := c.observe(&c.micros[i], scores[i], &seen); err != nil {
+			return nil, false, err
+		}
 	}
 	if err := ctx.Err(); err != nil {
 		return nil, false, err
@@ -259,7 +267,7 @@ func (c *Consumption) Next(ctx context.Context) (m Metrics, done bool, err error
 	for i := range c.micros {
 		for _, s := range c.micros[i].spans {
 			if s.row.first == nil {
-				s.row.first = s.of(fresh[i])
+				s.row.first = s.of(scores[i].LogProb)
 			}
 		}
 	}
@@ -283,15 +291,16 @@ func (c *Consumption) Next(ctx context.Context) (m Metrics, done bool, err error
 	return m, c.left == 0, nil
 }
 
-// accumulate adds a micro-batch to the gradient and to what was observed. It
-// returns its own copy of the fresh log-probs.
-func (c *Consumption) accumulate(mb *micro, seen *observed) ([]float32, error) {
+// accumulate adds a micro-batch to the gradient. The device need not be done when
+// it returns, so that the host prepares the next one beside it: the scores hold
+// nothing before the policy was settled.
+func (c *Consumption) accumulate(mb *micro, seen *observed) (model.Scores, error) {
 	e := c.engine
 	temperature := float32(e.set.Objective.Temperature)
 	if e.loss.token.Beta != 0 && mb.spans[0].row.ref == nil {
 		s, err := e.policy.Score(&mb.batch, model.Reference, temperature)
 		if err != nil {
-			return nil, fmt.Errorf("score under the reference: %w", err)
+			return model.Scores{}, fmt.Errorf("score under the reference: %w", err)
 		}
 		ref := append([]float32(nil), s.LogProb...)
 		for _, sp := range mb.spans {
@@ -299,21 +308,22 @@ func (c *Consumption) accumulate(mb *micro, seen *observed) ([]float32, error) {
 		}
 		seen.flops += mb.flops
 	}
-	scores, err := e.policy.ForwardBackward(&mb.batch, e.modelLoss(mb))
-	if err != nil {
-		return nil, err
-	}
 	seen.flops += trainingPasses * mb.flops
 	seen.tokens += len(mb.batch.Tokens)
-	fresh := append([]float32(nil), scores.LogProb...)
+	return e.policy.Accumulate(&mb.batch, e.modelLoss(mb))
+}
+
+// observe adds the scores of a settled micro-batch to what was observed.
+func (c *Consumption) observe(mb *micro, scores model.Scores, seen *observed) error {
+	e := c.engine
 	for _, s := range mb.spans {
-		if err := e.loss.finite(s.row, s.of(fresh), s.of(scores.Entropy)); err != nil {
-			return nil, err
+		if err := e.loss.finite(s.row, s.of(scores.LogProb), s.of(scores.Entropy)); err != nil {
+			return err
 		}
-		e.loss.row(s.row, s.of(fresh), s.of(scores.Entropy), nil, nil, &seen.tally)
-		seen.row(s.row, s.of(fresh), s.of(scores.Entropy))
+		e.loss.row(s.row, s.of(scores.LogProb), s.of(scores.Entropy), nil, nil, &seen.tally)
+		seen.row(s.row, s.of(scores.LogProb), s.of(scores.Entropy))
 	}
-	return fresh, nil
+	return nil
 }
 
 // finite refuses log-probs that a step must not be built on, and ratios that

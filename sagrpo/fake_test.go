@@ -23,9 +23,9 @@ type fakePolicy struct {
 	dEntropy  []float64
 	grads     [][]float64
 	entGrads  [][]float64
-	forward   int // calls of ForwardBackward
+	forward   int // calls of Accumulate
 	scored    int // calls of Score
-	fused     int // of ForwardBackward, without Coefficients
+	fused     int // of Accumulate, without Coefficients
 	optim     []model.AdamW
 	synced    map[int]float32 // alpha by steps done
 	maxTokens int
@@ -60,7 +60,9 @@ func (f *fakePolicy) Score(b *model.Batch, w model.Weights, temperature float32)
 	return f.scores(b, f.table()), nil
 }
 
-func (f *fakePolicy) ForwardBackward(b *model.Batch, l model.Loss) (model.Scores, error) {
+func (f *fakePolicy) Settle() error { return nil }
+
+func (f *fakePolicy) Accumulate(b *model.Batch, l model.Loss) (model.Scores, error) {
 	f.forward++
 	f.saw(l.Temperature)
 	s := f.scores(b, f.table())

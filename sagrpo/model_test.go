@@ -49,9 +49,9 @@ func (p *probe) Score(b *model.Batch, w model.Weights, temperature float32) (mod
 	return p.Model.Score(p.lay(b), w, temperature)
 }
 
-func (p *probe) ForwardBackward(b *model.Batch, l model.Loss) (model.Scores, error) {
+func (p *probe) Accumulate(b *model.Batch, l model.Loss) (model.Scores, error) {
 	p.batches++
-	return p.Model.ForwardBackward(p.lay(b), l)
+	return p.Model.Accumulate(p.lay(b), l)
 }
 
 func (p *probe) OptimStep(model.AdamW) (model.StepResult, error) {

@@ -19,6 +19,9 @@ const (
 	partialBytes = 32 << 20
 	// stageBytes is one of the staging buffers of transfers.
 	stageBytes = 8 << 20
+	// fetchBytes is the room for downloads that are not waited for: log-probs and
+	// entropies of a million predictions.
+	fetchBytes = 8 << 20
 	// flags are words that kernels lower when an index is out of range.
 	flagBytes = 256
 )
@@ -42,7 +45,9 @@ type Device struct {
 	gemmSpace, partials, stage, flags address
 	up                                [2][]byte // pinned; slot upSlot is being filled from upAt on
 	upSlot, upAt                      int
-	down                              []byte // pinned
+	down, late                        []byte // pinned
+	lateAt                            int    // late is taken by fetches up to here
+	fetches                           []fetched
 	turns                             map[turnsKey]address
 	watch                             stopwatch // the owner's alone; made by the first profile
 	choices                           *choices
@@ -99,6 +104,10 @@ func (d *Device) reserveSpace(c driver) error {
 			return fmt.Errorf("allocate %d bytes of pinned host memory: %w", stageBytes, err)
 		}
 	}
+	var err error
+	if d.late, err = c.pinned(fetchBytes); err != nil {
+		return fmt.Errorf("allocate %d bytes of pinned host memory: %w", fetchBytes, err)
+	}
 	for i := range d.up {
 		if err := c.mark(i); err != nil {
 			return err
@@ -124,9 +133,10 @@ func (d *Device) Info() kernels.Info {
 	return info
 }
 
-// Sync implements kernels.Device.
+// Sync implements kernels.Device. Behind an error it waits too, and forgets which
+// indices were out of range: the next Sync is about other work.
 func (d *Device) Sync() error {
-	_ = d.q.call(command{label: of("sync", ""), run: func(c driver) error {
+	_ = d.q.call(command{label: of("sync", ""), always: true, run: func(c driver) error {
 		if err := c.download(d.down[:flagBytes], d.flags); err != nil {
 			return err
 		}
@@ -143,7 +153,9 @@ func (d *Device) Sync() error {
 		}
 		return nil
 	}})
-	return d.q.take()
+	err := d.q.take()
+	d.handOver(err)
+	return err
 }
 
 // Close implements kernels.Device. It waits for nothing and frees everything.

@@ -94,10 +94,11 @@ func (d *Device) send(op string, dst address, x []byte, round bool) {
 func (d *Device) room(n int) []byte {
 	if d.upAt+min(n, alignment) > stageBytes {
 		full := d.upSlot
-		d.enqueue(of("upload", "mark %d", full), func(c driver) error { return c.mark(full) })
+		// Both also behind an error: copies that were begun before it still read the slots.
+		d.q.put(command{label: of("upload", "mark %d", full), always: true, run: func(c driver) error { return c.mark(full) }})
 		d.upSlot, d.upAt = 1-full, 0
 		next := d.upSlot
-		_ = d.q.call(command{label: of("upload", "wait %d", next), run: func(c driver) error { return c.wait(next) }})
+		_ = d.q.call(command{label: of("upload", "wait %d", next), always: true, run: func(c driver) error { return c.wait(next) }})
 	}
 	n = min(n, stageBytes-d.upAt)
 	out := d.up[d.upSlot][d.upAt:][:n]
@@ -142,6 +143,40 @@ func (d *Device) receive(op string, x []byte, src address, widen bool) error {
 		src += address(n)
 	}
 	return nil
+}
+
+// fetched is a download that Sync hands over: pinned memory that the card writes, and where it goes.
+type fetched struct{ dst, pinned []byte }
+
+// Fetch implements kernels.Fetcher. What does not fit into the room for it is waited for.
+func (d *Device) Fetch(dst *tensor.Dense, src kernels.Buffer) error {
+	const op = "download"
+	x, t := host(op, dst)
+	b := matched(op, src, x, t)
+	if len(x) == 0 {
+		return nil
+	}
+	n := int(kernels.Round(int64(len(x)), alignment))
+	if b.t != t || n > fetchBytes-d.lateAt {
+		return d.receive(op, x, b.at, b.t == kernels.BF16)
+	}
+	room, from := d.late[d.lateAt:][:len(x):len(x)], b.at
+	d.lateAt += n
+	d.fetches = append(d.fetches, fetched{x, room})
+	d.enqueue(of(op, "%d bytes", len(x)), func(c driver) error { return c.download(room, from) })
+	return nil
+}
+
+// handOver copies what was fetched to where it goes, once the card has written it;
+// after an error it is forgotten.
+func (d *Device) handOver(err error) {
+	for _, f := range d.fetches {
+		if err == nil {
+			copy(f.dst, f.pinned)
+		}
+	}
+	clear(d.fetches)
+	d.fetches, d.lateAt = d.fetches[:0], 0
 }
 
 // elementwise launches a kernel of elementwise.cu with (dst, src, n).
