@@ -213,12 +213,27 @@ func (c *Client) Submit(ctx context.Context, job string, b *rollout.Batch, key s
 	if err := arrowio.Encode(&body, b, ""); err != nil {
 		return Receipt{}, fmt.Errorf("encode batch: %w", err)
 	}
-	return c.SubmitArrow(ctx, job, body.Bytes(), key)
+	said := http.Header{}
+	said.Set("Trainerd-Rows", strconv.Itoa(len(b.Rollouts)))
+	said.Set("Trainerd-Tokens", strconv.FormatInt(b.Tokens(), 10))
+	return c.submit(ctx, job, body.Bytes(), key, said)
 }
 
 // SubmitArrow sends a batch that is an Arrow IPC stream already.
 func (c *Client) SubmitArrow(ctx context.Context, job string, body []byte, key string) (Receipt, error) {
-	k := call{method: http.MethodPost, path: jobPath(job, "rollouts"), body: body, contentType: arrowio.ContentType, key: key}
+	return c.submit(ctx, job, body, key, http.Header{})
+}
+
+// awaitContinue is from how many bytes on the server is asked before they are sent:
+// a full queue then costs no transfer.
+const awaitContinue = 64 << 10
+
+// submit sends a batch; said is what the headers tell of it.
+func (c *Client) submit(ctx context.Context, job string, body []byte, key string, said http.Header) (Receipt, error) {
+	if len(body) >= awaitContinue {
+		said.Set("Expect", "100-continue")
+	}
+	k := call{method: http.MethodPost, path: jobPath(job, "rollouts"), body: body, contentType: arrowio.ContentType, key: key, header: said}
 	if key == "" {
 		k.key = NewKey()
 	}

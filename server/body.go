@@ -17,6 +17,7 @@ import (
 
 	"trainerd/internal/fault"
 	"trainerd/rollout/arrowio"
+	"trainerd/trainer"
 )
 
 // readBody reads a whole body of at most limit bytes into the memory of into,
@@ -118,6 +119,64 @@ func (s *Server) reserve(c echo.Context, limit int64) error {
 	c.Set(keyUpload, n)
 	return nil
 }
+
+// What a producer may say of a batch in its headers, so that one that the queue
+// has no room for is refused before it is sent.
+const (
+	headerRows   = "Trainerd-Rows"
+	headerTokens = "Trainerd-Tokens"
+)
+
+// earlyBody is from how many bytes on a body is refused unread where that can be.
+// A smaller one is looked at: that costs little, and the answer is exact.
+const earlyBody = 64 << 10
+
+// admit refuses rollouts by what is known before their body. A client that
+// expects 100 (Continue) is answered at once and sends nothing. The body of
+// others is received, or they might see a broken connection instead of the
+// answer, but neither kept nor decoded.
+func (s *Server) admit(c echo.Context, job *trainer.Job, key string) error {
+	var said trainer.Announced
+	for name, to := range map[string]*int64{headerRows: &said.Rows, headerTokens: &said.Tokens} {
+		raw := c.Request().Header.Get(name)
+		if raw == "" {
+			continue
+		}
+		n, err := strconv.ParseInt(raw, 10, 64)
+		if err != nil || n < 1 || n > maxAnnounced {
+			return fault.BadField(name, strconv.Quote(raw), fmt.Sprintf("a whole number in [1, %d]", int64(maxAnnounced)))
+		}
+		*to = n
+	}
+	if n := c.Request().ContentLength; n >= 0 && n < earlyBody || n > s.jobs.Limits().MaxBatchBytes {
+		return nil
+	}
+	err := job.Admit(key, said)
+	if err != nil {
+		s.discard(c)
+	}
+	return err
+}
+
+// maxAnnounced keeps what is computed from announced numbers within an int64.
+const maxAnnounced = 1 << 50
+
+// discard receives a body and forgets it, for as long as leftoverTime.
+func (s *Server) discard(c echo.Context) {
+	r := c.Request()
+	if r.ProtoMajor != 1 || strings.EqualFold(r.Header.Get("Expect"), "100-continue") {
+		return // the answer gets there by itself
+	}
+	control := http.NewResponseController(c.Response().Writer)
+	if control.SetReadDeadline(time.Now().Add(leftoverTime)) != nil {
+		return
+	}
+	defer control.SetReadDeadline(time.Time{})
+	io.CopyBuffer(onlyWriter{io.Discard}, io.LimitReader(r.Body, s.jobs.Limits().MaxBatchBytes), make([]byte, 64<<10)) // an error is the client's
+}
+
+// onlyWriter hides that a writer could read for itself, in smaller pieces.
+type onlyWriter struct{ io.Writer }
 
 // wantArrow refuses a body that does not declare itself an Arrow stream.
 func wantArrow(c echo.Context) error {

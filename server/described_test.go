@@ -108,13 +108,14 @@ func described(t testing.TB) func(http.Handler) http.Handler {
 func held(errorf func(string, ...any), doc *openapi3.T, next http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		var sent bytes.Buffer
-		r.Body = struct {
+		got := &tee{ResponseWriter: w, status: http.StatusOK}
+		request := r.Clone(r.Context())
+		inner := r.WithContext(r.Context()) // net/http looks at what it handed out: whether a body that was not asked for is left
+		inner.Body = struct {
 			io.Reader
 			io.Closer
 		}{io.TeeReader(r.Body, &sent), r.Body}
-		got := &tee{ResponseWriter: w, status: http.StatusOK}
-		request := r.Clone(r.Context())
-		next.ServeHTTP(got, r)
+		next.ServeHTTP(got, inner)
 
 		id := got.Header().Get("X-Request-Id")
 		if id == "" {

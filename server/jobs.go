@@ -110,6 +110,9 @@ func (s *Server) postRollouts(c echo.Context) error {
 	if err := wantArrow(c); err != nil {
 		return err
 	}
+	if err := s.admit(c, job, key); err != nil {
+		return err
+	}
 	body, err := s.readBody(c, s.jobs.Limits().MaxBatchBytes, s.bodies.take())
 	if err != nil {
 		return err

@@ -125,9 +125,7 @@ func (j *Job) round(batches []*arrival) {
 		if a.meta, a.err = j.check(a.ctx, a.batch, a.digest, ahead); a.err != nil {
 			continue
 		}
-		ahead.rows += int64(len(a.batch.Rollouts))
-		ahead.tokens += a.batch.Tokens()
-		ahead.bytes += a.batch.Bytes()
+		ahead = ahead.plus(batchLoad(a.batch))
 		passed = append(passed, a)
 	}
 	var writing sync.WaitGroup

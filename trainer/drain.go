@@ -3,6 +3,8 @@ package trainer
 import (
 	"math"
 	"time"
+
+	"trainerd/rollout"
 )
 
 // load is what rows take in a queue.
@@ -19,6 +21,11 @@ func (l load) plus(m load) load {
 // beyond is by how much l exceeds the bounds, and 0 where it does not.
 func (l load) beyond(most load) load {
 	return load{max(0, l.rows-most.rows), max(0, l.tokens-most.tokens), max(0, l.bytes-most.bytes)}
+}
+
+// batchLoad is at most what a batch adds to a queue.
+func batchLoad(b *rollout.Batch) load {
+	return load{rows: int64(len(b.Rollouts)), tokens: b.Tokens(), bytes: b.Bytes()}
 }
 
 // load is what the groups of a consumption took in the queue.

@@ -164,7 +164,7 @@ func TestRoomSaysWhyAndWhen(t *testing.T) {
 			if tc.change != nil {
 				tc.change(j)
 			}
-			err := j.room(pairs("new", tc.add), now, load{})
+			err := j.room(batchLoad(pairs("new", tc.add)), now, load{})
 			if tc.code == "" {
 				if err != nil {
 					t.Error(err)

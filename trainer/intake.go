@@ -110,7 +110,7 @@ func (j *Job) acceptedBefore(key, digest string) (Receipt, bool, error) {
 func (j *Job) admission(doing string) (rollout.Schema, rollout.Limits, error) {
 	j.mu.Lock()
 	defer j.mu.Unlock()
-	if j.state.Final() || j.rec.Model.Vocab == 0 || !j.fed {
+	if !j.takes() {
 		return rollout.Schema{}, rollout.Limits{}, j.wrongState(doing)
 	}
 	return j.schema(), j.limits(), nil
@@ -159,7 +159,7 @@ func (j *Job) check(ctx context.Context, b *rollout.Batch, digest string, ahead 
 	if err := j.asm.Check(b); err != nil {
 		return rolloutMeta{}, err
 	}
-	if err := j.room(b, time.Now(), ahead); err != nil {
+	if err := j.room(batchLoad(b), time.Now(), ahead); err != nil {
 		return rolloutMeta{}, err
 	}
 	return rolloutMeta{Digest: digest, Received: b.Received, PolicyStep: j.policyStep(), Step: j.rec.Step}, nil

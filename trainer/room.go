@@ -6,7 +6,6 @@ import (
 	"time"
 
 	"trainerd/internal/fault"
-	"trainerd/rollout"
 )
 
 // Bounds of a Retry-After. Less would be a busy loop; whoever waits longer than
@@ -26,24 +25,57 @@ type bound struct {
 	most      int64
 }
 
+// Announced is what a producer says of a batch before it sends it. 0: nothing.
+type Announced struct {
+	Rows   int64
+	Tokens int64 // prompts counted per row, as rollout.Batch.Tokens does
+}
+
+// least is what a batch takes of the queue at least: each row has a token of
+// prompt and one of completion, and each token its four bytes.
+func (a Announced) least() load {
+	rows := max(a.Rows, 1)
+	tokens := max(a.Tokens, 2*rows)
+	return load{rows: rows, tokens: tokens, bytes: 4 * tokens}
+}
+
+// Admit refuses a batch that Submit would refuse whatever is in its body, for the
+// job's state or its full queue, so that the body need not be read. It says nil
+// for a key that was used before: what is answered then depends on the body.
+// Submit looks again, with all that it knows.
+func (j *Job) Admit(key string, a Announced) error {
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	if _, known := j.keys.get(key); known && key != "" {
+		return nil
+	}
+	if !j.takes() {
+		return j.wrongState("accept rollouts")
+	}
+	return j.room(a.least(), time.Now(), load{})
+}
+
+// takes says whether the job's state lets rollouts in. Called with mu held.
+func (j *Job) takes() bool { return !j.state.Final() && j.rec.Model.Vocab != 0 && j.fed }
+
 // bounds are the limits of the job's queue: the server's, or the job's own where
 // they are less. Called with mu held.
-func (j *Job) bounds(b *rollout.Batch, ahead load) []bound {
+func (j *Job) bounds(add, ahead load) []bound {
 	d, most := j.asm.Depth(), j.spec.Limits.queueLimits(j.m.limits)
 	return []bound{
-		{"limits.max_queued_rollouts", "rollouts", int64(d.Rollouts) + ahead.rows, int64(len(b.Rollouts)), int64(most.MaxQueuedRollouts)},
-		{"limits.max_queued_tokens", "tokens", d.Tokens + ahead.tokens, b.Tokens(), most.MaxQueuedTokens},
-		{"limits.max_queued_bytes", "bytes", d.Bytes + ahead.bytes, b.Bytes(), most.MaxQueuedBytes},
+		{"limits.max_queued_rollouts", "rollouts", int64(d.Rollouts) + ahead.rows, add.rows, int64(most.MaxQueuedRollouts)},
+		{"limits.max_queued_tokens", "tokens", d.Tokens + ahead.tokens, add.tokens, most.MaxQueuedTokens},
+		{"limits.max_queued_bytes", "bytes", d.Bytes + ahead.bytes, add.bytes, most.MaxQueuedBytes},
 	}
 }
 
 // room refuses a batch that the queue has no room for now, with others on their
 // way into it, and says when there will be. Called with mu held.
-func (j *Job) room(b *rollout.Batch, now time.Time, ahead load) error {
+func (j *Job) room(add load, now time.Time, ahead load) error {
 	var never, full []fault.Field
 	var say []string
 	var depth, most load
-	for i, x := range j.bounds(b, ahead) {
+	for i, x := range j.bounds(add, ahead) {
 		*[]*int64{&depth.rows, &depth.tokens, &depth.bytes}[i] = x.have + x.add
 		*[]*int64{&most.rows, &most.tokens, &most.bytes}[i] = x.most
 		switch {
