@@ -10,7 +10,6 @@ import (
 	"time"
 
 	"trainerd/internal/fault"
-	"trainerd/kernels"
 	"trainerd/model"
 	"trainerd/rollout"
 	"trainerd/rollout/spool"
@@ -51,7 +50,7 @@ type Job struct {
 	published chan struct{}     // closed and replaced when latest moves
 	flight    *flight           // publication under way, at most one
 	grounded  string            // why the newest publication held the device; "" when it did not
-	plan      *kernels.Plan
+	plan      *MemoryPlan
 	stepTime  time.Duration // of the newest step
 	samples   uint64        // sampling requests so far, for their default seeds
 	counts    jobCounts
@@ -386,7 +385,7 @@ type Status struct {
 	Queue        Queue         `json:"queue"`
 	Counts       Counts        `json:"counts"`
 	Architecture *Architecture `json:"architecture"` // null until the source was read
-	MemoryPlan   *kernels.Plan `json:"memory_plan"`  // null until the model is loaded
+	MemoryPlan   *MemoryPlan   `json:"memory_plan"`  // null until the model is loaded
 	Resident     bool          `json:"resident"`     // the model is on the device now
 	Publication  Publication   `json:"publication"`
 	LastError    *LastError    `json:"last_error"`

@@ -29,6 +29,8 @@ type baseModel struct {
 	configJSON []byte
 	carried    map[string][]byte
 	dtype      string // of published weights
+
+	options model.Options // as which fit found room for the model
 }
 
 // resolve finds out what a source means, without reading weights.
@@ -223,53 +225,91 @@ func (b *baseModel) close() {
 	}
 }
 
-// modelOptions says what memory a job needs besides its weights.
+// modelOptions says what memory a job needs besides its weights. With recompute
+// auto that is the most; fit may find less.
 func (s *Spec) modelOptions() model.Options {
-	o := model.Options{
+	return model.Options{
 		Train: true, Reference: s.Objective.NeedsReference(), MaxTokens: int(s.Batch.MaxTokens),
 		SampleSlots: int(s.Sampling.MaxSequences), SampleTokens: int(s.Sampling.MaxTokens),
 		CompactMoments: s.Optimizer.Moments == sagrpo.MomentsCompact, BF16Gradients: s.Optimizer.Gradients == sagrpo.GradientsBFloat,
-		RoundingSeed: uint64(s.Seed),
+		RoundingSeed: uint64(s.Seed), Recompute: recomputes[s.Batch.Recompute],
 	}
-	if s.Batch.Recompute == "layers" {
-		o.Recompute = model.RecomputeLayers
-	}
-	return o
+}
+
+// MemoryPlan is what a job's model takes on the device.
+type MemoryPlan struct {
+	kernels.Plan
+	Recompute     string `json:"recompute"`      // cheap, mlp or layers
+	RecomputeMore int    `json:"recompute_more"` // layers, the first ones, for which that goes one mode further
+}
+
+// recomputeAuto lets fit choose among recomputes: as little as makes the job fit.
+const recomputeAuto = "auto"
+
+var recomputes = map[string]model.Recompute{
+	recomputeAuto: model.RecomputeCheap, "cheap": model.RecomputeCheap, "mlp": model.RecomputeMLP, "layers": model.RecomputeLayers,
 }
 
 // fit makes sure that there is a place for a job's model, on the device or in
 // host memory while others are there, and promises it for as long as the job is
-// loaded. Ended jobs give theirs up, oldest first, before a job is refused.
+// loaded. Ended jobs give theirs up, oldest first, before a job is refused; with
+// recompute auto the job computes more again before they do.
 func (m *Manager) fit(ctx context.Context, id JobID, spec *Spec, base *baseModel) error {
 	for {
+		opt := spec.modelOptions()
 		var plan kernels.Plan
 		var state int64
-		err := m.exec.Do(ctx, lane{id, laneTrain}, func() error {
-			dev, err := m.device()
-			if err != nil {
+		err := m.planning(ctx, id, func(dev kernels.Device) (err error) {
+			if plan, err = model.Plan(dev, base.config(), opt); err != nil {
 				return err
 			}
-			if plan, err = model.Plan(dev, base.config(), spec.modelOptions()); err != nil {
-				return err
-			}
-			state, err = model.HostBytes(dev, base.config(), spec.modelOptions())
+			state, err = model.HostBytes(dev, base.config(), opt)
 			return err
 		})
 		if err != nil {
-			return fmt.Errorf("plan memory: %w", err)
+			return err
 		}
 		room, alone, ok := m.home.admit(id, plan.Total, state, plan.Free)
-		if ok {
-			return nil
+		if !ok && spec.Batch.Recompute == recomputeAuto {
+			fits := false
+			err := m.planning(ctx, id, func(dev kernels.Device) (err error) {
+				opt, plan, fits, err = model.Fit(dev, base.config(), opt, room)
+				return err
+			})
+			if err != nil {
+				return err
+			}
+			if fits {
+				room, alone, ok = m.home.admit(id, plan.Total, state, plan.Free)
+			}
 		}
-		if m.captures.dropIdle() {
-			continue // there may be more now
+		if ok {
+			base.options = opt
+			if opt.Recompute > model.RecomputeCheap || opt.RecomputeMore > 0 {
+				m.log.Info("activations are computed again", "job", id, "recompute", opt.Recompute.String(), "layers_further", opt.RecomputeMore, "bytes", plan.Total, "free", room)
+			}
+			return nil
 		}
 		plan.Free = room
 		if alone || !m.evictEnded(ctx) {
 			return m.refuse(ctx, id, spec, base, plan, alone)
 		}
 	}
+}
+
+// planning runs a calculation of memory, for which the device is asked what it has.
+func (m *Manager) planning(ctx context.Context, id JobID, run func(dev kernels.Device) error) error {
+	err := m.exec.Do(ctx, lane{id, laneTrain}, func() error {
+		dev, err := m.device()
+		if err != nil {
+			return err
+		}
+		return run(dev)
+	})
+	if err != nil {
+		return fmt.Errorf("plan memory: %w", err)
+	}
+	return nil
 }
 
 // evictEnded frees the model of the oldest ended job that holds one.
@@ -288,13 +328,13 @@ func (m *Manager) evictEnded(ctx context.Context) bool {
 func (m *Manager) refuse(ctx context.Context, id JobID, spec *Spec, base *baseModel, plan kernels.Plan, alone bool) error {
 	expected := fmt.Sprintf("a smaller model: %d bytes are free", plan.Free)
 	try := *spec
+	if try.Batch.Recompute == recomputeAuto {
+		try.Batch.Recompute = "layers" // the plan that was refused is already that
+	}
 	fits := func() bool {
 		var p kernels.Plan
-		err := m.exec.Do(ctx, lane{id, laneTrain}, func() (err error) {
-			dev, err := m.device()
-			if err == nil {
-				p, err = model.Plan(dev, base.config(), try.modelOptions())
-			}
+		err := m.planning(ctx, id, func(dev kernels.Device) (err error) {
+			p, err = model.Plan(dev, base.config(), try.modelOptions())
 			return err
 		})
 		return err == nil && p.Total <= plan.Free
@@ -304,6 +344,29 @@ func (m *Manager) refuse(ctx context.Context, id JobID, spec *Spec, base *baseMo
 		e.Msg = fmt.Sprintf("the job does not fit on the device beside the others (%s), and host memory for models that are off the device (swap_memory, %d bytes) does not hold them all",
 			plan.String(), m.home.host)
 	}
+	// Formats that lose nothing of the work come first, then less at a time.
+	for _, f := range []struct {
+		name string
+		set  *string
+		to   string
+	}{
+		{"batch.recompute", &try.Batch.Recompute, recomputeAuto},
+		{"optimizer.gradients", &try.Optimizer.Gradients, sagrpo.GradientsBFloat},
+		{"optimizer.moments", &try.Optimizer.Moments, sagrpo.MomentsCompact},
+	} {
+		was := *f.set
+		if was == f.to || f.to == recomputeAuto && was == "layers" {
+			continue
+		}
+		if *f.set = f.to; f.to == recomputeAuto {
+			*f.set = "layers" // as far as auto goes
+		}
+		e.Fields = append(e.Fields, fault.Field{Name: f.name, Row: -1, Got: was, Expected: f.to})
+		if fits() {
+			return e
+		}
+	}
+	e.Fields = nil
 	for try.Batch.MaxTokens > 64 {
 		try.Batch.MaxTokens /= 2
 		if fits() {

@@ -192,7 +192,7 @@ func (j *Job) place(ctx context.Context, base *baseModel, snap *storage.Manifest
 		}
 	}
 	return j.settleIn(ctx, func(dev kernels.Device) (err error) {
-		j.model, err = model.Load(ctx, dev, src, j.spec.modelOptions())
+		j.model, err = model.Load(ctx, dev, src, base.options)
 		if err != nil {
 			j.model = nil
 			return err
@@ -224,7 +224,7 @@ func (j *Job) place(ctx context.Context, base *baseModel, snap *storage.Manifest
 			return err
 		}
 		j.base = base
-		plan := j.model.Plan()
+		plan := MemoryPlan{Plan: j.model.Plan(), Recompute: base.options.Recompute.String(), RecomputeMore: base.options.RecomputeMore}
 		j.mu.Lock()
 		j.plan = &plan
 		j.mu.Unlock()

@@ -47,7 +47,7 @@ type BatchSpec struct {
 	MissingStep    string `json:"missing_policy_step"` // accept or refuse rows that do not say which step sampled them
 	GroupTimeout   string `json:"group_timeout"`       // Go duration ("90s"), "0s": open groups wait for ever
 	IncompleteWhat string `json:"incomplete"`          // drop or train what a timed-out group has
-	Recompute      string `json:"recompute"`           // cheap, or layers: less activation memory for a third more arithmetic
+	Recompute      string `json:"recompute"`           // what the backward pass computes again: auto (as little as makes the job fit), cheap, mlp or layers
 }
 
 // Timeout returns GroupTimeout as a duration, 0 for none.
@@ -142,7 +142,7 @@ func ParseSpec(raw []byte) (Spec, error) {
 	}
 	s := Spec{
 		Version:    1,
-		Batch:      BatchSpec{GroupsPerStep: 4, MaxTokens: 16384, MaxPolicyLag: 4, Stale: rollout.StaleReject, MissingStep: "accept", GroupTimeout: "0s", IncompleteWhat: "drop", Recompute: "cheap"},
+		Batch:      BatchSpec{GroupsPerStep: 4, MaxTokens: 16384, MaxPolicyLag: 4, Stale: rollout.StaleReject, MissingStep: "accept", GroupTimeout: "0s", IncompleteWhat: "drop", Recompute: recomputeAuto},
 		Checkpoint: CheckpointSpec{PublishEverySteps: 1, SnapshotEverySteps: 10, KeepLast: 3, KeepEvery: 100, DType: "source"},
 		Sampling:   SamplingSpec{MaxSequences: 32, MaxTokens: 8192},
 		Priority:   defaultPriority,
@@ -209,7 +209,7 @@ func (b *BatchSpec) parse(o *object) {
 		o.faults.add(o.name("group_timeout"), strconv.Quote(b.GroupTimeout), `a duration such as "90s" or "10m"; "0s" for none`)
 	}
 	o.oneOf("incomplete", &b.IncompleteWhat, "drop", "train")
-	o.oneOf("recompute", &b.Recompute, "cheap", "layers")
+	o.oneOf("recompute", &b.Recompute, recomputeAuto, "cheap", "mlp", "layers")
 	o.finish()
 }
 
