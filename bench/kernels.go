@@ -99,7 +99,7 @@ func Kernels(ctx context.Context, dev kernels.Device, o KernelsOptions, emit fun
 func (c *kernelCase) measure(ctx context.Context, m *meter, ceilings Ceilings) (KernelResult, error) {
 	info := m.dev.Info()
 	r := KernelResult{Name: "kernel", Device: info.Name, Workers: info.Workers, Op: c.op, Sizes: c.sizes, Calls: c.calls, Extra: c.scratch}
-	sets := min(max(int(coldBytes/max(c.touched(), 1)), 1), mostSets)
+	sets := min(max(int(coldBytes/max(c.touched(), 1)), 1), m.sets)
 	for sets > 1 && int64(sets)*c.touched() > info.MemFree/2 {
 		sets--
 	}

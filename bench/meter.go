@@ -14,15 +14,16 @@ type meter struct {
 	dev    kernels.Device
 	clock  kernels.Profiler
 	budget time.Duration // of one measurement
+	sets   int           // of buffers to rotate through, at most
 }
 
 // newMeter measures on dev, which is wrapped where it has no clock.
 func newMeter(dev kernels.Device, budget time.Duration) *meter {
 	if p, ok := dev.(kernels.Profiler); ok {
-		return &meter{dev: dev, clock: p, budget: budget}
+		return &meter{dev: dev, clock: p, budget: budget, sets: mostSets}
 	}
 	t := kernels.NewTimed(dev)
-	return &meter{dev: t, clock: t, budget: budget}
+	return &meter{dev: t, clock: t, budget: budget, sets: mostSets}
 }
 
 // rounds are taken of each measurement; the median counts.
