@@ -29,6 +29,7 @@ var rules = []rule{
 	{dir: "internal/tracing", uses: []string{"go.opentelemetry.io/otel/sdk", "go.opentelemetry.io/otel/exporters"}},
 	{dir: "internal/durable"},
 	{dir: "internal/checked"},
+	{dir: "internal/plot"},
 	{dir: "internal/crashtest"}, // only its tests import anything
 	{dir: "internal/faulttest", uses: []string{"github.com/minio/minio-go"}}, // only its tests do
 	{dir: "kernels", may: []string{"kernels"}, uses: []string{"gorgonia.org/tensor"}},
@@ -51,9 +52,9 @@ var rules = []rule{
 	{dir: "secloop/red", may: []string{"secloop/scenario"}},
 	{dir: "secloop/sim", may: []string{"secloop"}},
 	{dir: "secloop/field", may: []string{"secloop"}, uses: []string{"github.com/vishvananda", "github.com/google/nftables"}},
-	{dir: "secloop/loop", may: []string{"secloop", "client", "rollout", "model/tokenizer"}},
+	{dir: "secloop/loop", may: []string{"secloop", "client", "rollout", "model/tokenizer", "internal/plot"}},
 	{dir: "parity", may: []string{"sagrpo", "model", "rollout", "kernels"}, uses: []string{"gorgonia.org/tensor"}},
-	{dir: "bench", may: []string{"sagrpo", "model", "rollout", "storage", "kernels", "trainer", "server", "client"}, uses: []string{"gorgonia.org/tensor"}},
+	{dir: "bench", may: []string{"sagrpo", "model", "rollout", "storage", "kernels", "trainer", "server", "client", "internal/plot"}, uses: []string{"gorgonia.org/tensor"}},
 	{dir: "cmd/trainerd", may: []string{"bench", "client", "internal", "kernels", "model", "rollout", "sagrpo", "secloop", "server", "storage", "trainer"}, uses: []string{"gorgonia.org/tensor"}},
 }
 

@@ -125,20 +125,6 @@ func wellFormed(t *testing.T, name string, picture []byte) {
 	}
 }
 
-func TestPictures(t *testing.T) {
-	p := LinePlot("a <b> & c", "x", "y", 100, []Line{{Name: "l<", X: []float64{0, 10}, Y: []float64{0, 100}, Low: []float64{0, 90}, High: []float64{5, 100}}, {Name: "empty"}})
-	wellFormed(t, "lines", p)
-	// 0 lies at the lower left corner of the axes, 100 at step 10 at the upper right.
-	if !strings.Contains(string(p), `<polyline points="60.0,350.0 700.0,40.0"`) || !strings.Contains(string(p), "<polygon") {
-		t.Errorf("points of the line:\n%s", p)
-	}
-	b := Bars("t", []string{"one", "two"}, []string{"s"}, func(i, _ int) float64 { return float64(i) / 2 })
-	wellFormed(t, "bars", b)
-	if !strings.Contains(string(b), "50 %") || !strings.Contains(string(b), `width="245.0"`) {
-		t.Errorf("a bar of a half:\n%s", b)
-	}
-}
-
 func TestCountAndTable(t *testing.T) {
 	a, _ := agent(sim.Field{}, right, breaks, "no strategy")
 	a.Timeout = 20 * time.Second

@@ -15,6 +15,7 @@ import (
 	"time"
 
 	"trainerd/internal/fault"
+	"trainerd/internal/plot"
 )
 
 // Variant is one change of the settings that a sweep compares.
@@ -274,7 +275,7 @@ func SweepPlots(dir string, lines []SweepLine) error {
 		"modules.svg":    {"sa_grpo", "without_format", "without_execution", "without_evaluation", "without_penalty", "without_execution_evaluation"},
 		"sizes.svg":      {"group_size_3", "group_size_5", "sa_grpo", "group_size_9"},
 	} {
-		var out []Line
+		var out []plot.Line
 		for _, name := range names {
 			at := map[float64][]float64{}
 			for _, l := range lines {
@@ -284,7 +285,7 @@ func SweepPlots(dir string, lines []SweepLine) error {
 					}
 				}
 			}
-			l := Line{Name: name}
+			l := plot.Line{Name: name}
 			if file == "sizes.svg" && name == "sa_grpo" {
 				l.Name = "group_size_7"
 			}
@@ -296,7 +297,7 @@ func SweepPlots(dir string, lines []SweepLine) error {
 				out = append(out, l)
 			}
 		}
-		if err := writeFile(filepath.Join(dir, file), LinePlot("accuracy on held-out incidents, mean and range over seeds", "step", "%", 100, out)); err != nil {
+		if err := writeFile(filepath.Join(dir, file), plot.LinePlot("accuracy on held-out incidents, mean and range over seeds", "step", "%", 100, out)); err != nil {
 			return err
 		}
 	}
