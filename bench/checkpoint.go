@@ -4,11 +4,14 @@ import (
 	"context"
 	"fmt"
 	"io"
+	"runtime"
+	"slices"
 	"sort"
 	"text/tabwriter"
 	"time"
 
 	"trainerd/kernels"
+	"trainerd/kernels/hostmem"
 	"trainerd/model"
 	"trainerd/model/hf"
 	"trainerd/sagrpo"
@@ -28,15 +31,21 @@ type CheckpointResult struct {
 	Bytes     int64  `json:"bytes"`      // in the store
 	HostBytes int64  `json:"host_bytes"` // of the capture
 
-	CaptureSeconds float64 `json:"capture_s"` // the device stands still
+	FirstSeconds   float64 `json:"first_capture_s"` // with its memory, taken once for a job
+	CaptureSeconds float64 `json:"capture_s"`       // the device stands still
 	CaptureGBs     float64 `json:"capture_gb_s"`
-	WriteSeconds   float64 `json:"write_s"` // of a captured checkpoint, while a step runs
+	CaptureCPU     float64 `json:"capture_cpu_s"` // processor seconds, all cores
+	WriteSeconds   float64 `json:"write_s"`       // of a captured checkpoint, while a step runs
 	WriteGBs       float64 `json:"write_gb_s"`
-	DirectSeconds  float64 `json:"direct_s"` // from the device to the store, nothing else running: what a step waited for without a capture
+	AloneSeconds   float64 `json:"write_alone_s"` // nothing else running
+	WriteCPU       float64 `json:"write_cpu_s"`   // processor seconds of that
+	DirectSeconds  float64 `json:"direct_s"`      // from the device to the store, nothing else running: what a step waited for without a capture
+	RSSGrowth      int64   `json:"rss_growth"`    // bytes: the most while checkpoints are written, over what it is with the capture's memory taken
 
 	StepSeconds   float64 `json:"step_s"`        // nothing else running
 	BesideSeconds float64 `json:"step_beside_s"` // with a checkpoint being written
 	Cost          float64 `json:"cost"`          // of a checkpoint, as a share of a step: (capture + beside - step) / step, paired
+	CPUShare      float64 `json:"cpu_share"`     // processor seconds of a checkpoint as a share of all that a step could use: the cost, where the device is the processor and wastes none
 }
 
 // CheckpointOptions say what Checkpoint measures.
@@ -99,19 +108,30 @@ func Checkpoint(ctx context.Context, dev kernels.Device, o CheckpointOptions) (C
 		return r, err
 	}
 	b := checkpointBench{c: storage.Checkpoints{Blob: o.Store}, o: o}
-	var captures, writes, directs, alone, beside, costs []float64
+	defer b.close()
+	began := time.Now()
+	if _, err := b.capture(ctx, m); err != nil { // takes the memory
+		return r, err
+	}
+	r.FirstSeconds, r.HostBytes = time.Since(began).Seconds(), int64(len(b.memory.Bytes))
+	runtime.GC()
+	rss, err := watchRSS()
+	if err != nil {
+		return r, err
+	}
+	var captures, captureCPU, writes, writeCPU, writesAlone, directs, alone, beside, costs []float64
 	for range o.Repeats {
 		s, err := step()
 		if err != nil {
 			return r, err
 		}
-		began := time.Now()
-		w, host, err := b.capture(ctx, m)
+		began, before := time.Now(), processTime()
+		w, err := b.capture(ctx, m)
 		if err != nil {
 			return r, err
 		}
 		captured := time.Since(began).Seconds()
-		r.HostBytes = host
+		captureCPU = append(captureCPU, processTime().since(before))
 		written := make(chan error, 1)
 		var took float64
 		go func() {
@@ -127,6 +147,11 @@ func Checkpoint(ctx context.Context, dev kernels.Device, o CheckpointOptions) (C
 		if serr != nil {
 			return r, serr
 		}
+		began, before = time.Now(), processTime()
+		if err := b.write(ctx, w); err != nil {
+			return r, err
+		}
+		writesAlone, writeCPU = append(writesAlone, time.Since(began).Seconds()), append(writeCPU, processTime().since(before))
 		began = time.Now()
 		if err := b.write(ctx, b.direct(m)); err != nil {
 			return r, err
@@ -135,9 +160,13 @@ func Checkpoint(ctx context.Context, dev kernels.Device, o CheckpointOptions) (C
 		captures, writes = append(captures, captured), append(writes, took)
 		alone, beside, costs = append(alone, s), append(beside, with), append(costs, (captured+with-s)/s)
 	}
+	samples := rss()
+	r.RSSGrowth = int64(1e6 * (slices.Max(samples) - samples[0]))
 	r.Bytes = b.bytes
+	r.CaptureCPU, r.WriteCPU, r.AloneSeconds = median(captureCPU), median(writeCPU), median(writesAlone)
 	r.CaptureSeconds, r.WriteSeconds, r.DirectSeconds = median(captures), median(writes), median(directs)
 	r.StepSeconds, r.BesideSeconds, r.Cost = median(alone), median(beside), median(costs)
+	r.CPUShare = (r.CaptureCPU + r.WriteCPU) / r.StepSeconds / float64(runtime.GOMAXPROCS(0))
 	r.CaptureGBs, r.WriteGBs = float64(r.HostBytes)/r.CaptureSeconds/1e9, float64(r.Bytes)/r.WriteSeconds/1e9
 	return r, nil
 }
@@ -147,13 +176,25 @@ func median(x []float64) float64 {
 	return x[len(x)/2]
 }
 
+// since is the processor time in seconds between two readings.
+func (u used) since(before used) float64 {
+	return (u.user + u.system - before.user - before.system).Seconds()
+}
+
 // checkpointBench writes checkpoints as a job does.
 type checkpointBench struct {
-	c     storage.Checkpoints
-	o     CheckpointOptions
-	step  int64
-	last  *storage.Manifest // which may be deleted once there is a newer one
-	bytes int64
+	c      storage.Checkpoints
+	o      CheckpointOptions
+	memory *hostmem.Span // of captures, kept from one to the next
+	step   int64
+	last   *storage.Manifest // which may be deleted once there is a newer one
+	bytes  int64
+}
+
+func (b *checkpointBench) close() {
+	if b.memory != nil {
+		b.memory.Free()
+	}
 }
 
 // content is what a checkpoint is written from.
@@ -170,31 +211,38 @@ func (b *checkpointBench) direct(m *model.Model) content {
 	return c
 }
 
-// capture copies a checkpoint to fresh host memory and returns its bytes there.
-func (b *checkpointBench) capture(ctx context.Context, m *model.Model) (c content, host int64, err error) {
+// capture copies a checkpoint to host memory.
+func (b *checkpointBench) capture(ctx context.Context, m *model.Model) (c content, err error) {
 	src, dtype := m.Export(), b.o.DType
+	n, state := hf.CaptureElements(src), 0
+	bytes := 2 * n
 	if b.o.Snapshot {
-		dtype = "F32"
+		dtype, state = "F32", m.StateElements()
 	}
-	n := hf.CaptureElements(src)
-	mem := hf.CaptureMemory{Floats: make([]float32, n)}
-	host = 4 * int64(n)
-	if dtype != "F32" {
-		mem = hf.CaptureMemory{Halves: make([]uint16, n)}
-		host = 2 * int64(n)
+	if dtype == "F32" {
+		bytes = 4 * n
 	}
-	if c.weights, err = hf.TakeCapture(ctx, src, dtype, mem); err != nil {
-		return c, host, err
-	}
-	if b.o.Snapshot {
-		s, err := m.CaptureState(make([]float32, m.StateElements()))
-		if err != nil {
-			return c, host, err
+	if b.memory == nil {
+		if b.memory, err = hostmem.Take(int64(bytes + 4*state)); err != nil {
+			return c, err
 		}
-		c.state = s.Save
-		host += 4 * int64(m.StateElements())
 	}
-	return c, host, nil
+	var mem hf.CaptureMemory
+	rest := b.memory.Bytes
+	if dtype == "F32" {
+		mem.Floats, rest = hostmem.Floats(rest, n)
+	} else {
+		mem.Halves, rest = hostmem.Halves(rest, n)
+	}
+	if c.weights, err = hf.TakeCapture(ctx, src, dtype, mem); err != nil || !b.o.Snapshot {
+		return c, err
+	}
+	values, _ := hostmem.Floats(rest, state)
+	s, err := m.CaptureState(values)
+	if err == nil {
+		c.state = s.Save
+	}
+	return c, err
 }
 
 // write stores a checkpoint and deletes the one before.
@@ -237,12 +285,27 @@ func (r CheckpointResult) Table(out io.Writer) error {
 	if r.Snapshot {
 		what += " and optimizer state"
 	}
-	fmt.Fprintf(t, "%s of %s on %s\t\t\t\n", what, r.Shape, r.Device)
-	fmt.Fprintf(t, "capture\t%.3f s\t%.2f GB/s\t%.2f GB in host memory\t\n", r.CaptureSeconds, r.CaptureGBs, float64(r.HostBytes)/1e9)
-	fmt.Fprintf(t, "write beside a step\t%.3f s\t%.2f GB/s\t%.2f GB in the store\t\n", r.WriteSeconds, r.WriteGBs, float64(r.Bytes)/1e9)
-	fmt.Fprintf(t, "write, device held\t%.3f s\t%.2f GB/s\t\t\n", r.DirectSeconds, float64(r.Bytes)/r.DirectSeconds/1e9)
-	fmt.Fprintf(t, "step alone\t%.3f s\t\t\t\n", r.StepSeconds)
-	fmt.Fprintf(t, "step beside a write\t%.3f s\t\t\t\n", r.BesideSeconds)
-	fmt.Fprintf(t, "cost of a checkpoint\t%.1f %%\t\tof a step\t\n", 100*r.Cost)
+	fmt.Fprintf(t, "%s of %s on %s\t\t\t\t\t\n", what, r.Shape, r.Device)
+	row := func(what string, seconds, gbs, cpu float64, note string) {
+		line := fmt.Sprintf("%s\t%.3f s\t", what, seconds)
+		if gbs > 0 {
+			line += fmt.Sprintf("%.2f GB/s", gbs)
+		}
+		line += "\t"
+		if cpu > 0 {
+			line += fmt.Sprintf("%.3f processor s", cpu)
+		}
+		fmt.Fprintf(t, "%s\t%s\t\n", line, note)
+	}
+	row("capture, the first", r.FirstSeconds, 0, 0, fmt.Sprintf("takes %.2f GB of host memory", float64(r.HostBytes)/1e9))
+	row("capture", r.CaptureSeconds, r.CaptureGBs, r.CaptureCPU, "")
+	row("write, nothing else running", r.AloneSeconds, float64(r.Bytes)/r.AloneSeconds/1e9, r.WriteCPU, fmt.Sprintf("%.2f GB in the store", float64(r.Bytes)/1e9))
+	row("write beside a step", r.WriteSeconds, r.WriteGBs, 0, fmt.Sprintf("%.2f GB more in memory at most", float64(r.RSSGrowth)/1e9))
+	row("write, device held", r.DirectSeconds, float64(r.Bytes)/r.DirectSeconds/1e9, 0, "")
+	row("step alone", r.StepSeconds, 0, 0, "")
+	row("step beside a write", r.BesideSeconds, 0, 0, "")
+	for _, every := range []int{1, 2, 5, 10} {
+		fmt.Fprintf(t, "cost, published every %d\t%.1f %%\t\t%.1f %% in processor s\tof training\t\n", every, 100*r.Cost/float64(every), 100*r.CPUShare/float64(every))
+	}
 	return t.Flush()
 }

@@ -4,39 +4,11 @@ import (
 	"context"
 	"fmt"
 	"io"
-	"sync"
 
+	"trainerd/kernels/hostmem"
 	"trainerd/model"
 	"trainerd/model/hf"
 )
-
-// captureBudget bounds the host memory that all captures of a server take.
-type captureBudget struct {
-	limit int64
-
-	mu   sync.Mutex
-	used int64
-}
-
-// take reserves n bytes of which free are there; why says what they are too many for.
-func (b *captureBudget) take(n, free int64) (why string, ok bool) {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	switch {
-	case n > b.limit-b.used:
-		return fmt.Sprintf("a capture of %d bytes is over the limit of %d (max_capture_bytes) with %d in use", n, b.limit, b.used), false
-	case n > free:
-		return fmt.Sprintf("a capture of %d bytes does not fit: the host has %d free", n, free), false
-	}
-	b.used += n
-	return "", true
-}
-
-func (b *captureBudget) give(n int64) {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	b.used -= n
-}
 
 // content is what a checkpoint is written from: a capture in host memory, or the
 // device itself, which then has to stand still.
@@ -47,7 +19,6 @@ type content struct {
 	state   func(io.Writer) error // optimizer state; nil without a snapshot
 	queue   *queueState           // that belongs to it; nil without
 	base    *baseModel            // what hf/ carries along
-	bytes   int64                 // host memory held; 0 when read from the device
 }
 
 // onDevice is the content of a checkpoint that is read from the device while it
@@ -73,10 +44,9 @@ func (j *Job) captureBytes(snapshot bool) int64 {
 	return 2 * n
 }
 
-// capture copies what a checkpoint is made of to host memory. The buffers are
-// plain memory here; a device that copies faster to pinned memory would be asked
-// for them in this place, the only one that makes them. Called on the device's goroutine.
-func (j *Job) capture(ctx context.Context, snapshot bool) (*content, error) {
+// capture copies what a checkpoint is made of to raw, host memory of captureBytes.
+// Called on the device's goroutine.
+func (j *Job) capture(ctx context.Context, snapshot bool, raw []byte) (*content, error) {
 	src, dtype := j.model.Export(), j.base.dtype
 	if snapshot {
 		dtype = "F32"
@@ -84,17 +54,18 @@ func (j *Job) capture(ctx context.Context, snapshot bool) (*content, error) {
 	n := hf.CaptureElements(src)
 	var mem hf.CaptureMemory
 	if dtype == "F32" {
-		mem.Floats = make([]float32, n)
+		mem.Floats, raw = hostmem.Floats(raw, n)
 	} else {
-		mem.Halves = make([]uint16, n)
+		mem.Halves, raw = hostmem.Halves(raw, n)
 	}
 	weights, err := hf.TakeCapture(ctx, src, dtype, mem)
 	if err != nil {
 		return nil, fmt.Errorf("capture weights: %w", err)
 	}
-	c := &content{step: j.weights, weights: weights, exact: dtype == "F32", base: j.base, bytes: j.captureBytes(snapshot)}
+	c := &content{step: j.weights, weights: weights, exact: dtype == "F32", base: j.base}
 	if snapshot {
-		state, err := j.model.CaptureState(make([]float32, j.model.StateElements()))
+		values, _ := hostmem.Floats(raw, j.model.StateElements())
+		state, err := j.model.CaptureState(values)
 		if err != nil {
 			return nil, fmt.Errorf("capture the optimizer state: %w", err)
 		}

@@ -27,6 +27,7 @@ type flight struct {
 	step    int64 // captured, -1 before; guarded by Job.mu
 	bytes   int64 // of host memory; guarded by Job.mu
 	content *content
+	held    bool // the job's capture memory, until it lands
 
 	failed chan struct{} // closed after the first try that failed, when cause is set
 	cause  error
@@ -81,9 +82,12 @@ func (j *Job) board(ctx context.Context, retry, own bool) (*flight, error) {
 // land ends a flight: what it held is given back, and whoever waits is told.
 func (j *Job) land(f *flight, man storage.Manifest, err error) {
 	f.cancel()
-	if f.content != nil {
-		j.m.captures.give(f.content.bytes)
-		f.content = nil
+	f.content = nil
+	if f.held {
+		j.m.captures.give(j.ID)
+		if j.State().Final() {
+			j.m.captures.drop(j.ID)
+		}
 	}
 	f.man, f.err = man, err
 	f.end(&f.err)
@@ -158,7 +162,9 @@ func (j *Job) launch(ctx context.Context, snapshot func() bool, retry, own bool)
 // takeOff captures the policy if host memory has room for it. Called on the device's goroutine.
 func (j *Job) takeOff(f *flight, snapshot bool) (ok bool, err error) {
 	n := j.captureBytes(snapshot)
-	why, ok := j.m.captures.take(n, j.m.hostFree())
+	raw, why := j.m.captures.take(j.ID, n, j.m.hostFree)
+	ok = why == ""
+	f.held = ok
 	j.mu.Lock()
 	if why != j.grounded && why != "" {
 		j.m.log.Warn("training waits while the checkpoint is written", "job", j.ID, "step", f.step, "why", why)
@@ -172,9 +178,8 @@ func (j *Job) takeOff(f *flight, snapshot bool) (ok bool, err error) {
 		return false, nil
 	}
 	defer crashpoint.Enter(crashpoint.Publish)()
-	c, err := j.capture(f.ctx, snapshot)
+	c, err := j.capture(f.ctx, snapshot, raw)
 	if err != nil {
-		j.m.captures.give(n)
 		return false, publishFault(f.step, err)
 	}
 	f.content = c

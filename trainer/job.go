@@ -33,6 +33,7 @@ type Job struct {
 	// is the assembler's order.
 	intake   sync.Mutex
 	arrivals arrivals // of batches; has its own lock
+	settling settling // of groups that did not fill; has its own locks
 
 	mu        sync.Mutex // guards what follows
 	rec       jobRecord
@@ -317,6 +318,7 @@ func (j *Job) unload(ctx context.Context) {
 		j.model = nil
 		return mod.Close()
 	})
+	j.m.captures.drop(j.ID)
 	if err != nil && !errors.Is(err, errClosed) {
 		j.m.log.Error("free a model", "job", j.ID, "err", err)
 	}

@@ -224,6 +224,9 @@ func (m *Manager) makeRoom(id JobID, use func() error) error {
 			more = false
 		}
 		err := use()
+		if fault.KindOf(err) == fault.TooLarge && m.captures.dropIdle() {
+			continue
+		}
 		if fault.KindOf(err) != fault.TooLarge || m.home.victim(id, true) == "" {
 			return err
 		}
@@ -244,6 +247,7 @@ func (m *Manager) evict(id, other JobID) error {
 		}
 	}
 	m.home.left(id)
+	m.captures.drop(id) // host memory is for the models now
 	took := time.Since(began)
 	j.mu.Lock()
 	j.counts.SwapsOut++

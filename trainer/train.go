@@ -46,10 +46,12 @@ func (j *Job) run(ctx context.Context, base *baseModel, restored bool) {
 	}
 	j.m.exec.Rest(j.ID)
 	j.awaitFlight(context.WithoutCancel(ctx)) // it ends when the store takes it, by kill or by Close
+	j.m.captures.drop(j.ID)
 }
 
 // live is the job's life on one opening of the device.
 func (j *Job) live(ctx context.Context, base *baseModel, restored bool) error {
+	defer j.settling.Wait()
 	var snap *storage.Manifest
 	var queue *queueState
 	err := j.patiently(ctx, func() (err error) {
@@ -111,7 +113,7 @@ const (
 	actStop
 	actPublish
 	actFinish
-	actExpire
+	actExpire // settle groups that did not fill in time, beside training
 	actTake
 	actStep
 )
@@ -132,7 +134,7 @@ func (j *Job) advance(ctx context.Context) (more bool, err error) {
 	case actFinish:
 		return false, j.finish(ctx)
 	case actExpire:
-		return true, j.patiently(ctx, j.expire)
+		return true, j.settleBeside(ctx)
 	case actTake:
 		j.take()
 		return true, nil
@@ -176,7 +178,7 @@ func (j *Job) decide() (act action, alarm time.Time) {
 	if full && j.flight == nil {
 		return actPublish, alarm
 	}
-	if at, ok := j.asm.NextExpiry(); ok {
+	if at, ok := j.asm.NextExpiry(); ok && !j.settling.underWay() {
 		if !time.Now().Before(at) {
 			return actExpire, alarm
 		}
