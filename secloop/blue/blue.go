@@ -347,6 +347,12 @@ func (b *Blue) call(ctx context.Context, h scenario.Host, at netip.AddrPort) (ne
 	return b.stand.Dial(ctx, h.Addr, at)
 }
 
+// uploads are what an implant sends on request, 64 KiB each: a list of what there is, and what there is.
+var uploads = map[string]string{
+	"index": strings.Repeat("file/0042.csv  14 KiB  01-03-25\n", 65536/32),
+	"bulk":  strings.Repeat("record of blue \n", 65536/16),
+}
+
 // implant says hello, then does what it is told: run a command or send 64 KiB.
 func (b *Blue) implant(c net.Conn, h scenario.Host) {
 	greeting := "hello\n"
@@ -360,9 +366,9 @@ func (b *Blue) implant(c net.Conn, h scenario.Host) {
 	if err != nil {
 		return
 	}
-	if line == "bulk" {
-		b.log("upload", peer(c), h.Name, "65536 bytes")
-		c.Write([]byte(strings.Repeat("record of blue \n", 65536/16)))
+	if text := uploads[line]; text != "" {
+		b.log("upload", peer(c), h.Name, fmt.Sprintf("%d bytes", len(text)))
+		io.WriteString(c, text)
 		return
 	}
 	fmt.Fprintf(c, "%s\n", b.run(h, line))

@@ -57,8 +57,8 @@ func call(tool string, kv ...string) secloop.Strategy {
 
 // TestTwins holds the namespaces and the simulator together: every scenario
 // against nothing useful, each of its remedies, isolation, a limit on
-// connections, a wrong host and a call that cannot run gives the same feedback,
-// stage by stage.
+// connections, a throttle, a wrong host and a call that cannot run gives the same
+// feedback, stage by stage.
 func TestTwins(t *testing.T) {
 	f := open(t, Options{Parallel: 4})
 	for i, sc := range scenario.All() {
@@ -70,6 +70,7 @@ func TestTwins(t *testing.T) {
 		strategies := append(ep.Remedies(),
 			call("block_ip", "ip", "198.18.0.5"), call("block_ip", "ip", a.Source), call("isolate_host", "host", a.Target),
 			call("rate_limit", "host", a.Target, "per_hour", "2"), call("patch_service", "host", "dns1"),
+			call("throttle_upload", "host", a.Target, "kbit", "4"),
 			append(call("harden_kernel", "host", a.Target), call("filter_egress", "host", a.Target)...))
 		for _, s := range strategies {
 			t.Run(sc.Name+"/"+s[0].Tool, func(t *testing.T) {

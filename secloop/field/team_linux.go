@@ -26,6 +26,7 @@ func blueRole() error {
 	var b *blue.Blue
 	var ep scenario.Episode
 	var filter *filter
+	var shaper shaper
 	var watch *capture
 	var blocked *refusals
 	return serve(os.Stdin, os.Stdout, func(op string, arg json.RawMessage) (any, error) {
@@ -77,7 +78,7 @@ func blueRole() error {
 				if ep.Fault == scenario.ToolHangs {
 					select {}
 				}
-				done <- apply(a, b, filter)
+				done <- apply(a, b, filter, &shaper)
 			}()
 			select {
 			case err := <-done:
@@ -125,6 +126,11 @@ func blueRole() error {
 			if refused > 0 {
 				all = append(all, scenario.Event{Kind: scenario.Refused, Detail: strconv.FormatUint(refused, 10)})
 			}
+			held, err := shaper.events()
+			if err != nil {
+				return nil, err
+			}
+			all = append(all, held...)
 			if blocked == nil {
 				return all, nil
 			}
@@ -159,7 +165,7 @@ var initialSysctls = []scenario.Sysctl{
 }
 
 // apply makes an action's effects real and reads each of them back.
-func apply(a scenario.Action, b *blue.Blue, f *filter) error {
+func apply(a scenario.Action, b *blue.Blue, f *filter, t *shaper) error {
 	for _, e := range a.Effects {
 		switch {
 		case e.Rule != nil:
@@ -179,6 +185,10 @@ func apply(a scenario.Action, b *blue.Blue, f *filter) error {
 			}
 			if !b.Is(e.Setting.Host, e.Setting.Name) {
 				return fmt.Errorf("%s: setting %s of %s did not hold", a.Tool, e.Setting.Name, e.Setting.Host)
+			}
+		case e.Shape != nil:
+			if err := t.limit(*e.Shape); err != nil {
+				return fmt.Errorf("%s: %w", a.Tool, err)
 			}
 		}
 	}

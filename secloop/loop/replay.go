@@ -122,6 +122,8 @@ func effects(a scenario.Action) string {
 			out = append(out, e.Sysctl.Key+"="+e.Sysctl.Value)
 		case e.Setting != nil:
 			out = append(out, e.Setting.Host+" "+e.Setting.Name)
+		case e.Shape != nil:
+			out = append(out, fmt.Sprintf("shape %+v", *e.Shape))
 		}
 	}
 	return strings.Join(out, "; ")

@@ -214,7 +214,8 @@ func (r *Red) dns(ctx context.Context, b *budget, src netip.Addr, with map[strin
 }
 
 // listen takes the first connection of what blue's host was made to run,
-// answers with send and keeps what comes. Prepare has opened the listener.
+// answers with send and keeps what comes; with least it waits for volume, see
+// pull. Prepare has opened the listener.
 func (r *Red) listen(ctx context.Context, b *budget, _ netip.Addr, with map[string]string) (scenario.Result, error) {
 	c, err := r.accept(ctx, b)
 	if err != nil {
@@ -229,8 +230,21 @@ func (r *Red) listen(ctx context.Context, b *budget, _ netip.Addr, with map[stri
 		line, err := readLine(c)
 		return scenario.Result{Output: line, Count: len(line)}, err
 	}
-	out, err := ask(c, text)
-	return scenario.Result{Output: out, Count: len(out)}, err
+	if with["least"] == "" {
+		out, err := ask(c, text)
+		return scenario.Result{Output: out, Count: len(out)}, err
+	}
+	least, err := number(with, "least", 1, maxBytes)
+	if err != nil {
+		c.Close()
+		return scenario.Result{}, err
+	}
+	out, err := pull(c, text, least)
+	res := scenario.Result{Output: out, Count: len(out)}
+	if err != nil { // what came, came: there is nothing to try from elsewhere
+		res.Error = err.Error()
+	}
+	return res, nil
 }
 
 // accept takes the first connection to what Prepare has opened.

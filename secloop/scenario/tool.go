@@ -85,6 +85,7 @@ type Effect struct {
 	Rule    *Rule    `json:"rule,omitempty"`
 	Sysctl  *Sysctl  `json:"sysctl,omitempty"`
 	Setting *Setting `json:"setting,omitempty"`
+	Shape   *Shape   `json:"shape,omitempty"`
 }
 
 // Rule refuses packets at the blue gateway. Invalid addresses and a zero port
@@ -189,6 +190,11 @@ var tools = []Tool{
 	{Name: "secure_sshd", Doc: "keys only, no passwords", Params: []Param{hostParam}, effects: only(Shell, KeysOnly)},
 	{Name: "shutdown_service", Doc: "stop the host's services", Params: []Param{hostParam}, Harmful: true, effects: always(ServiceStopped)},
 	{Name: "sinkhole_dns", Doc: "answer a host's lookups of names outside with a dead address", Params: []Param{hostParam}, effects: always(LookupsSunk)},
+	{Name: "throttle_upload", Doc: "cap what a host sends to the outside", Params: []Param{hostParam, {Name: "kbit", Doc: "kilobits per second", Enum: []string{"4", "8", "16"}}},
+		effects: func(h Host, p map[string]string) ([]Effect, error) {
+			n, _ := strconv.Atoi(p["kbit"])
+			return []Effect{{Shape: &Shape{Src: h.Addr, Rate: 1000 * n, Burst: UploadBurst}}}, nil
+		}},
 	{Name: "waf_rule", Doc: "filter one class of request on a web host", Params: []Param{hostParam, {Name: "rule", Doc: "class", Enum: wafRules}},
 		effects: func(h Host, p map[string]string) ([]Effect, error) {
 			if h.Service != Web {

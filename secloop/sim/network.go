@@ -3,9 +3,12 @@ package sim
 import (
 	"context"
 	"fmt"
+	"io"
 	"net"
 	"net/netip"
 	"sync"
+	"sync/atomic"
+	"time"
 
 	"trainerd/secloop/scenario"
 	"trainerd/secloop/sensor"
@@ -27,6 +30,16 @@ type network struct {
 	ports     map[endpoints]uint16              // next client port
 	tap       *sensor.Engine                    // nil without a sensor
 	log       *sensor.Engine                    // of refused connections
+	shapes    map[netip.Addr]*shaped            // throttled hosts
+}
+
+// shaped is a throttled host: what of its bursts is left for small packets and
+// for others, and what was held back. Nothing is added to a burst as time does
+// not pass, so what exceeds it never arrives.
+type shaped struct {
+	shape       scenario.Shape
+	small, bulk int
+	held        int // bytes
 }
 
 type endpoints struct {
@@ -38,6 +51,7 @@ func newNetwork() *network {
 	return &network{
 		log:       sensor.NewEngine(scenario.Network),
 		listeners: map[netip.AddrPort]*listener{}, sysctls: map[string]string{"net.ipv4.tcp_syncookies": "0"},
+		shapes:   map[netip.Addr]*shaped{},
 		halfOpen: map[netip.AddrPort]int{}, dropped: map[netip.AddrPort]int{}, open: map[netip.Addr]map[netip.Addr]int{}, ports: map[endpoints]uint16{},
 	}
 }
@@ -61,6 +75,37 @@ func (n *network) setSysctl(s scenario.Sysctl) {
 	n.mu.Lock()
 	defer n.mu.Unlock()
 	n.sysctls[s.Key] = s.Value
+}
+
+// limit applies a shape; the lower rate of two holds.
+func (n *network) limit(s scenario.Shape) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	if old := n.shapes[s.Src]; old != nil && old.shape.Rate <= s.Rate {
+		return
+	}
+	n.shapes[s.Src] = &shaped{shape: s, small: s.Burst, bulk: s.Burst}
+}
+
+// headers are the bytes of a packet's IP and TCP headers.
+const headers = 40
+
+// leaves says how many of a write's bytes get from one address to another.
+func (n *network) leaves(from, to netip.Addr, bytes int) int {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	s := n.shapes[from]
+	if s == nil || !scenario.Outside(to) {
+		return bytes
+	}
+	left := &s.bulk
+	if bytes+headers < scenario.SmallPacket {
+		left = &s.small
+	}
+	out := min(bytes, *left)
+	*left -= out
+	s.held += bytes - out
+	return out
 }
 
 // passes says whether the filter lets a new connection through, and counts and
@@ -150,9 +195,12 @@ func (n *network) Dial(ctx context.Context, src netip.Addr, dst netip.AddrPort) 
 			n.mu.Unlock()
 		})
 	}
+	client := &conn{Conn: near, network: n, local: local, remote: dst, closed: closed, tap: n.tap, gone: make(chan struct{})}
+	server := &conn{Conn: far, network: n, local: dst, remote: local, closed: closed, tap: n.tap, gone: make(chan struct{})}
+	client.other, server.other = server, client
 	select {
-	case ln.queue <- &conn{Conn: far, local: dst, remote: local, closed: closed, tap: n.tap}:
-		return &conn{Conn: near, local: local, remote: dst, closed: closed, tap: n.tap}, nil
+	case ln.queue <- server:
+		return client, nil
 	case <-ln.done:
 		closed()
 		return nil, fmt.Errorf("dial %s: connection refused", dst)
@@ -215,27 +263,67 @@ func (n *network) kernelEvents() []scenario.Event {
 	if n.refused > 0 {
 		out = append(out, scenario.Event{Kind: scenario.Refused, Detail: fmt.Sprint(n.refused)})
 	}
+	for _, h := range scenario.Hosts() {
+		if s := n.shapes[h.Addr]; s != nil && s.held > 0 {
+			out = append(out, scenario.Event{Kind: scenario.Throttled, Host: h.Name, Detail: fmt.Sprintf("%d bytes wait", s.held)})
+		}
+	}
 	alerts, _ := n.log.Alerts()
 	return append(out, scenario.BlockedEvents(alerts)...)
 }
 
+// conn is one end of a connection. Deadlines set by SetDeadline hold, as a guard;
+// those of SetReadDeadline are patience, and time does not pass here.
 type conn struct {
 	net.Conn
+	network       *network
 	local, remote netip.AddrPort
+	other         *conn
 	closed        func()
 	tap           *sensor.Engine
 	once          sync.Once
+	gone          chan struct{} // closed with the connection
+	stalled       atomic.Bool   // what was written is waiting at the gateway
 }
 
 func (c *conn) LocalAddr() net.Addr  { return net.TCPAddrFromAddrPort(c.local) }
 func (c *conn) RemoteAddr() net.Addr { return net.TCPAddrFromAddrPort(c.remote) }
 
-// Write implements net.Conn.
+// SetDeadline implements net.Conn.
+func (c *conn) SetDeadline(t time.Time) error {
+	err := c.Conn.SetDeadline(t)
+	if c.other.stalled.Load() {
+		c.Conn.SetReadDeadline(past)
+	}
+	return err
+}
+
+var past = time.Unix(1, 0)
+
+// SetReadDeadline implements net.Conn.
+func (c *conn) SetReadDeadline(time.Time) error { return nil }
+
+// Write implements net.Conn. A write of which something is held back ends when
+// one of the sides gives up; meanwhile whoever reads has waited in vain.
 func (c *conn) Write(b []byte) (int, error) {
 	if c.tap != nil {
 		c.tap.Bytes(c.local, c.remote, b)
 	}
-	return c.Conn.Write(b)
+	n := 0
+	if !c.stalled.Load() {
+		n = c.network.leaves(c.local.Addr(), c.remote.Addr(), len(b))
+	}
+	written, err := c.Conn.Write(b[:n])
+	if err != nil || written == len(b) {
+		return written, err
+	}
+	c.stalled.Store(true)
+	c.other.Conn.SetReadDeadline(past)
+	select {
+	case <-c.gone:
+	case <-c.other.gone:
+	}
+	return written, io.ErrClosedPipe
 }
 
 // Close implements net.Conn.
@@ -244,6 +332,7 @@ func (c *conn) Close() error {
 		if c.tap != nil {
 			c.tap.End(c.local, c.remote, false)
 		}
+		close(c.gone)
 	})
 	c.closed()
 	return c.Conn.Close()

@@ -105,6 +105,8 @@ func (t *teams) Apply(_ context.Context, a scenario.Action) error {
 			if err := t.blue.Set(*e.Setting); err != nil {
 				return err
 			}
+		case e.Shape != nil:
+			t.network.limit(*e.Shape)
 		}
 	}
 	return nil
