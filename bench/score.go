@@ -5,9 +5,7 @@ import (
 	"fmt"
 
 	"trainerd/kernels"
-	"trainerd/model"
 	"trainerd/rollout"
-	"trainerd/sagrpo"
 )
 
 // ScoreResult is one line of output of Score.
@@ -43,7 +41,11 @@ func Score(ctx context.Context, dev kernels.Device, o StepOptions) (ScoreResult,
 			return r, err
 		}
 	}
-	t, err := newTrainee(ctx, dev, cfg, l, model.Options{Train: true, MaxTokens: o.MaxTokens}, sagrpo.DefaultOptimizer())
+	opt, set, err := o.options(dev, cfg, o.MaxTokens)
+	if err != nil {
+		return r, err
+	}
+	t, err := newTrainee(ctx, dev, cfg, l, opt, set)
 	if err != nil {
 		return r, err
 	}

@@ -26,6 +26,7 @@ type StepResult struct {
 	UsefulGFLOP float64      `json:"useful_gflop_s"`
 	Plan        kernels.Plan `json:"memory_plan"`
 	PeakBytes   int64        `json:"peak_bytes"` // on the device: the plan with the scratch memory that was used
+	Formats
 
 	*Floor
 	Profile *StepProfile `json:"profile,omitempty"`
@@ -46,6 +47,45 @@ type StepOptions struct {
 	MaxTokens   int
 	Floor       bool // measure the rate of a large product before the step
 	Profile     bool // add steps in which every operation is timed
+	Formats
+}
+
+// Formats are what a job says about the memory of its model. RecomputeMore is what "auto" chose.
+type Formats struct {
+	Moments       string `json:"moments"`        // float32 or compact
+	Gradients     string `json:"gradients"`      // float32 or bfloat16
+	Recompute     string `json:"recompute"`      // auto, cheap, mlp or layers
+	RecomputeMore int    `json:"recompute_more"` // layers for which that goes one mode further
+}
+
+// options resolves the formats for a device.
+func (f *Formats) options(dev kernels.Device, cfg model.Config, maxTokens int) (model.Options, sagrpo.Optimizer, error) {
+	set := sagrpo.DefaultOptimizer()
+	o := model.Options{Train: true, MaxTokens: maxTokens}
+	if f.Moments != "" {
+		set.Moments = f.Moments
+	}
+	if f.Gradients != "" {
+		set.Gradients = f.Gradients
+	}
+	f.Moments, f.Gradients = set.Moments, set.Gradients
+	o.CompactMoments, o.BF16Gradients = f.Moments == sagrpo.MomentsCompact, f.Gradients == sagrpo.GradientsBFloat
+	switch f.Recompute {
+	case "", "auto":
+		var err error
+		if o, _, _, err = model.Fit(dev, cfg, o, dev.Info().MemFree); err != nil { // where nothing fits, Load refuses with the plan
+			return o, set, err
+		}
+	case "cheap":
+	case "mlp":
+		o.Recompute = model.RecomputeMLP
+	case "layers":
+		o.Recompute = model.RecomputeLayers
+	default:
+		return o, set, fmt.Errorf("recompute is %q, expected auto, cheap, mlp or layers", f.Recompute)
+	}
+	f.Recompute, f.RecomputeMore = o.Recompute.String(), o.RecomputeMore
+	return o, set, nil
 }
 
 // check returns the model and the load that a benchmark of steps names.
@@ -84,7 +124,12 @@ func Step(ctx context.Context, dev kernels.Device, o StepOptions) (StepResult, e
 		t := kernels.NewTimed(dev)
 		dev, clock = t, t
 	}
-	t, err := newTrainee(ctx, dev, cfg, l, model.Options{Train: true, MaxTokens: o.MaxTokens}, sagrpo.DefaultOptimizer())
+	opt, set, err := o.options(dev, cfg, o.MaxTokens)
+	if err != nil {
+		return r, err
+	}
+	r.Formats = o.Formats
+	t, err := newTrainee(ctx, dev, cfg, l, opt, set)
 	if err != nil {
 		return r, err
 	}

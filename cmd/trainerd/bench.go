@@ -73,6 +73,6 @@ func newBench() *cobra.Command {
 		c.Flags().IntVar(&workers, "workers", 0, "CPU workers; 0: one per core")
 		c.Flags().IntVar(&repeats, "repeats", 5, "timed repetitions after one warm-up")
 	}
-	root.AddCommand(newBenchLoad(), newBenchIngest(), newBenchStep(), newBenchKernels(), newBenchScore(), newBenchDecode(), gemm, ckpt)
+	root.AddCommand(newBenchLoad(), newBenchIngest(), newBenchStep(), newBenchKernels(), newBenchScore(), newBenchDecode(), newBenchGrowth(), gemm, ckpt)
 	return root
 }

@@ -3,6 +3,8 @@ package main
 import (
 	"encoding/json"
 	"fmt"
+	"os"
+	"path/filepath"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -41,6 +43,9 @@ func stepFlags(c *cobra.Command, o *bench.StepOptions, shape, load string) {
 	c.Flags().StringVar(&o.Shape, "shape", shape, "smoke, 135m, 0.5b, 1.5b or 7b")
 	c.Flags().StringVar(&o.Load, "load", load, "smoke, cpu512, flat, secloop or reason")
 	c.Flags().IntVar(&o.MaxTokens, "max-tokens", 16384, "token budget of a micro-batch")
+	c.Flags().StringVar(&o.Moments, "moments", "float32", "float32 or compact, as optimizer.moments of a job")
+	c.Flags().StringVar(&o.Gradients, "gradients", "float32", "float32 or bfloat16, as optimizer.gradients")
+	c.Flags().StringVar(&o.Recompute, "recompute", "auto", "auto, cheap, mlp or layers, as batch.recompute")
 }
 
 func newBenchStep() *cobra.Command {
@@ -158,5 +163,47 @@ func newBenchKernels() *cobra.Command {
 	c.Flags().IntVar(&o.MaxTokens, "max-tokens", 16384, "the leading groups of the load that fit are timed")
 	c.Flags().StringVar(&o.Only, "only", "", "one operation by its name in the output")
 	c.Flags().DurationVar(&o.Budget, "budget", 150*time.Millisecond, "time for one operation, after which it is repeated no more")
+	return c
+}
+
+func newBenchGrowth() *cobra.Command {
+	var d benchDevice
+	var o bench.GrowthOptions
+	var dir string
+	c := &cobra.Command{
+		Use:   "growth",
+		Short: "Time and memory of a step against groups, group size and prompt length",
+		Args:  cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, args []string) error {
+			return d.on(func(dev kernels.Device) error {
+				o.Repeats = d.repeats
+				enc := json.NewEncoder(cmd.OutOrStdout())
+				var results []bench.GrowthResult
+				err := bench.Growth(cmd.Context(), dev, o, func(r bench.GrowthResult) error {
+					results = append(results, r)
+					return enc.Encode(r)
+				})
+				if err != nil || dir == "" {
+					return err
+				}
+				if err := os.MkdirAll(dir, 0o755); err != nil {
+					return err
+				}
+				for _, axis := range bench.GrowthAxes {
+					if err := os.WriteFile(filepath.Join(dir, "growth-"+axis+".svg"), bench.GrowthPlot(axis, results), 0o644); err != nil {
+						return err
+					}
+				}
+				return nil
+			})
+		},
+	}
+	d.flags(c)
+	c.Flags().StringVar(&o.Shape, "shape", "135m", "smoke, 135m, 0.5b, 1.5b or 7b")
+	c.Flags().IntVar(&o.Layers, "layers", 0, "instead of the shape's; 0: the shape's")
+	c.Flags().IntVar(&o.Prompt, "prompt", 512, "tokens of a prompt, in the middle of its axis")
+	c.Flags().IntVar(&o.Completion, "completion", 64, "tokens of a completion")
+	c.Flags().IntVar(&o.GroupSize, "group-size", 8, "completions of a prompt, in the middle of its axis")
+	c.Flags().StringVar(&dir, "plots", "", "directory for growth-groups.svg, growth-group_size.svg and growth-prompt.svg; default: none are drawn")
 	return c
 }
