@@ -165,6 +165,7 @@ trainerd-cuda: kernels cuda-driver ## bin/trainerd-cuda, with the CUDA device
 cuda-emulated: # the CUDA device's own code and kernels on a CPU emulator, against the float64 references
 	kernels/cuda/emulator/build.sh out/emulator
 	TRAINERD_EMULATOR=$(CURDIR)/out/emulator $(CUDA_GO) test -tags cudaemu -count=1 -timeout 10m ./kernels/cuda
+	TRAINERD_EMULATOR=$(CURDIR)/out/emulator $(CUDA_GO) test -tags cudaemu -count=1 -timeout 10m -run 'TestJobsTakeTurnsOnTheDevice|TestHostMemoryBoundsSwapping|TestBrokenJobHarmsNoOther' ./server
 	TRAINERD_EMULATOR=$(CURDIR)/out/emulator $(CUDA_GO) test -tags cudaemu -count=1 -timeout 10m -run Emulated ./bench
 
 cuda-check: trainerd-cuda ## compiles all kernels and all tagged Go, and runs what needs no GPU

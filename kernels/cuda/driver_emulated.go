@@ -14,8 +14,10 @@ static unsigned long long ticks(void *f) { return ((unsigned long long (*)(void)
 import "C"
 
 import (
+	"errors"
 	"fmt"
 	"path/filepath"
+	"sync"
 	"syscall"
 	"time"
 	"unsafe"
@@ -60,8 +62,22 @@ func symbol(library, name string) (unsafe.Pointer, error) {
 	return f, nil
 }
 
+// Break makes every later call fail as behind an illegal address: the context is lost.
+func (d *Device) Break() {
+	d.q.put(command{label: of("break", ""), run: func(c driver) error {
+		c.(*emulated).broken = errBroken
+		return nil
+	}})
+}
+
+// oneLaunch: the emulator's state is the process's.
+var oneLaunch sync.Mutex
+
+var errBroken = errors.New("an illegal memory access was encountered")
+
 // emulated is a driver that does everything at once.
 type emulated struct {
+	broken            error // what every call gives once it is set
 	launchFn, clockFn unsafe.Pointer
 	blas              *blas
 	maps              map[address][]byte
@@ -75,6 +91,9 @@ const page = 4096
 
 // alloc ends every allocation at a page that cannot be touched, and fills it with NaN.
 func (e *emulated) alloc(n int64) (address, error) {
+	if e.broken != nil {
+		return 0, e.broken
+	}
 	if e.used+n > emulatedMemory {
 		return 0, errNoMemory
 	}
@@ -98,6 +117,13 @@ func (e *emulated) alloc(n int64) (address, error) {
 }
 
 func (e *emulated) free(at address) error {
+	if e.broken != nil {
+		return e.broken
+	}
+	return e.unmap(at)
+}
+
+func (e *emulated) unmap(at address) error {
 	m, ok := e.maps[at]
 	if !ok {
 		return fmt.Errorf("free of %#x, which is no allocation", at)
@@ -107,15 +133,20 @@ func (e *emulated) free(at address) error {
 }
 
 func (e *emulated) memory() (free, total int64, err error) {
-	return emulatedMemory - e.used, emulatedMemory, nil
+	return emulatedMemory - e.used, emulatedMemory, e.broken
 }
 
 func (e *emulated) pinned(n int) ([]byte, error) { return make([]byte, n), nil }
 
 func (e *emulated) launch(kernel string, grid, block size2, shared int, args ...any) error {
+	if e.broken != nil {
+		return e.broken
+	}
 	packed := pack(nil, args)
 	name := C.CString(kernel)
 	defer C.free(unsafe.Pointer(name))
+	oneLaunch.Lock()
+	defer oneLaunch.Unlock()
 	r := C.launch(e.launchFn, name, C.uint(grid.x), C.uint(grid.y), C.uint(block.x), C.uint(block.y), C.uint(shared), unsafe.Pointer(unsafe.SliceData(packed)), C.size_t(len(packed)))
 	switch r {
 	case 0:
@@ -131,7 +162,12 @@ func at[T any](a address, n int) []T {
 	return unsafe.Slice((*T)(*(*unsafe.Pointer)(unsafe.Pointer(&a))), n)
 }
 
-func (e *emulated) product(p product, a algorithm) error { return e.blas.run(p, a, nil) }
+func (e *emulated) product(p product, a algorithm) error {
+	if e.broken != nil {
+		return e.broken
+	}
+	return e.blas.run(p, a, nil)
+}
 
 func (e *emulated) algorithms(p product) ([]algorithm, error) { return e.blas.algorithms(p) }
 
@@ -147,6 +183,9 @@ func (e *emulated) elapsed(run func() error) (time.Duration, error) {
 }
 
 func (e *emulated) fill(dst address, value byte, n int64) error {
+	if e.broken != nil {
+		return e.broken
+	}
 	x := at[byte](dst, int(n))
 	for i := range x {
 		x[i] = value
@@ -155,29 +194,38 @@ func (e *emulated) fill(dst address, value byte, n int64) error {
 }
 
 func (e *emulated) move(dst, src address, n int64) error {
+	if e.broken != nil {
+		return e.broken
+	}
 	copy(at[byte](dst, int(n)), at[byte](src, int(n)))
 	return nil
 }
 
 func (e *emulated) upload(dst address, src []byte) error {
+	if e.broken != nil {
+		return e.broken
+	}
 	copy(at[byte](dst, len(src)), src)
 	return nil
 }
 
 func (e *emulated) download(dst []byte, src address) error {
+	if e.broken != nil {
+		return e.broken
+	}
 	copy(dst, at[byte](src, len(dst)))
 	return nil
 }
 
-func (e *emulated) mark(int) error  { return nil }
-func (e *emulated) wait(int) error  { return nil }
-func (e *emulated) sync() error     { return nil }
-func (e *emulated) lost(error) bool { return false }
+func (e *emulated) mark(int) error      { return e.broken }
+func (e *emulated) wait(int) error      { return e.broken }
+func (e *emulated) sync() error         { return e.broken }
+func (e *emulated) lost(err error) bool { return errors.Is(err, errBroken) }
 
 func (e *emulated) close() error {
 	e.blas.close()
 	for at := range e.maps {
-		if err := e.free(at); err != nil {
+		if err := e.unmap(at); err != nil {
 			return err
 		}
 	}

@@ -68,10 +68,15 @@ type Options struct {
 	DeviceMemory int64         // limit of the CPU device; 0: none
 	SwapMemory   int64         // host memory for models that do not fit beside others
 	SwapHold     time.Duration // how long a model keeps the device
+	BeforeSync   func()        // before each fsync of a spool: a slow disk
 	// WrapDevice wraps the device, to inject failures. A lost one is opened again,
 	// wrapped anew.
 	WrapDevice func(kernels.Device) kernels.Device
 }
+
+// OpenDevice opens the device of every Env, with so many bytes; 0: no limit. Builds
+// for another device than the CPU set it.
+var OpenDevice = func(memory int64) (kernels.Device, error) { return cpu.New(1, cpu.Memory(memory)) }
 
 // Env is a running server. Its directories outlive Stop, for a restart.
 type Env struct {
@@ -117,7 +122,7 @@ func (e *Env) Boot(t testing.TB) {
 }
 
 func (e *Env) openDevice() (kernels.Device, error) {
-	dev, err := cpu.New(1, cpu.Memory(e.opts.DeviceMemory))
+	dev, err := OpenDevice(e.opts.DeviceMemory)
 	if err == nil && e.opts.WrapDevice != nil {
 		dev = e.opts.WrapDevice(dev)
 	}
@@ -135,7 +140,7 @@ func (e *Env) boot(t testing.TB, dev kernels.Device) {
 	}
 	e.Manager, err = trainer.NewManager(trainer.Options{Device: dev, DataDir: e.DataDir, Store: blob, OpenStore: e.opts.OpenStore,
 		Version: "test", Limits: e.opts.Limits, Sources: e.opts.Sources, Logger: e.opts.Logger,
-		Reopen: e.openDevice, DeviceMemory: e.opts.DeviceMemory, SwapMemory: e.opts.SwapMemory, SwapHold: e.opts.SwapHold})
+		Reopen: e.openDevice, DeviceMemory: e.opts.DeviceMemory, SwapMemory: e.opts.SwapMemory, SwapHold: e.opts.SwapHold, BeforeSync: e.opts.BeforeSync})
 	if err != nil {
 		t.Fatal(err)
 	}
