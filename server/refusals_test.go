@@ -263,7 +263,7 @@ func wrongType(t *testing.T) []byte {
 }
 
 func TestJobRefusals(t *testing.T) {
-	e := servertest.Start(t, servertest.Options{Wrap: described(t)})
+	e := servertest.Start(t, servertest.Options{Wrap: described(t), DeviceMemory: 4 << 30})
 	doc := func(path string, value any) map[string]any {
 		d := e.JobDocument(3, nil)
 		at := d
@@ -312,14 +312,15 @@ func TestJobRefusals(t *testing.T) {
 		{"unsupported config", broken("", func(dir string) {
 			os.WriteFile(filepath.Join(dir, "config.json"), []byte(`{"model_type":"mamba"}`), 0o644)
 		}), 422, "unsupported_config", "model.source", "config.json"},
-		{"does not fit", doc("batch.max_tokens_per_micro_batch", 1<<18), 422, "does_not_fit", "batch.max_tokens_per_micro_batch", ""},
+		{"does not fit", doc("batch.max_tokens_per_micro_batch", 1<<19), 422, "does_not_fit", "batch.max_tokens_per_micro_batch", ""},
+		{"does not fit without recomputing", doc("batch", map[string]any{"max_tokens_per_micro_batch": 1 << 14, "recompute": "cheap"}), 422, "does_not_fit", "batch.recompute", ""},
 		{"not an object", []int{1}, 422, "invalid_job", "body", ""},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
-			if tc.name == "does not fit" {
-				// gate and up of a layer: 2^18 tokens * 2*4096 * 4 bytes = 8 GiB, times 64 layers.
+			if strings.HasPrefix(tc.name, "does not fit") {
+				// Gate and up of a layer: 2^19 tokens * 2*1024 * 4 bytes = 4 GiB, of 2^14 tokens 128 MiB, times 64 layers.
 				cfg := servertest.TinyConfig()
-				cfg.Hidden, cfg.Heads, cfg.KVHeads, cfg.FFN, cfg.Layers = 16, 2, 1, 1<<12, 64
+				cfg.Hidden, cfg.Heads, cfg.KVHeads, cfg.FFN, cfg.Layers = 16, 2, 1, 1<<10, 64
 				tc.doc.(map[string]any)["model"] = map[string]any{"source": "dir:" + servertest.WriteModel(t, cfg, 1, "BF16")}
 			}
 			raw, err := json.Marshal(tc.doc)
