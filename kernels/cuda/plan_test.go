@@ -10,9 +10,9 @@ import (
 	"trainerd/model"
 )
 
-// card is a device that computes nothing with so much memory free as an 80 GB
+// cardWith is a device that computes nothing with so much memory free as an 80 GB
 // card has beside its context: scratch and reserves are the real device's.
-func card(t *testing.T, free int64) *Device {
+func cardWith(t *testing.T, free int64) *Device {
 	t.Helper()
 	r := &recorder{next: 1 << 20, room: free, fail: map[string]error{}}
 	d, err := newDevice(kernels.Info{Name: "cuda:0", Model: "NVIDIA H100 80GB HBM3"}, Options{}, func() (driver, error) { return r, nil })
@@ -43,7 +43,7 @@ func (s shapes) Names() []string      { s.t.Error("the source was asked for tens
 func Test7BOn80GB(t *testing.T) {
 	const gib = 1 << 30
 	free := int64(78.5 * gib) // of 79.1 GiB, with a context of 0.6
-	d := card(t, free)
+	d := cardWith(t, free)
 	budget := d.Info().MemFree
 	opt := model.Options{Train: true, MaxTokens: 12314, MaxPredictions: 6170, CompactMoments: true, BF16Gradients: true}
 	got, plan, ok, err := model.Fit(d, qwen7b, opt, budget)
