@@ -13,6 +13,9 @@ const (
 	// worth is the share of the favourite's time that another algorithm must stay
 	// under: noise alone does not change a choice.
 	worth = 0.97
+	// asideMost bounds the host memory that a result is put aside in. Beyond it, and
+	// only when a class is met first by a product that adds to C, the favourite is taken untimed.
+	asideMost = 1 << 30
 	// shapesKept bounds what is remembered of single shapes.
 	shapesKept = 1 << 14
 )
@@ -83,10 +86,11 @@ type choices struct {
 	here    machine
 	classes map[class]choice // timed, and kept in the file
 	shapes  map[shape]choice // in use
+	refused map[class]bool   // what the log was told about
 }
 
 func newChoices(o Options, model string, v versions) *choices {
-	s := &choices{timed: o.Timed, file: o.Choices, log: o.Log, here: machine{Card: model, Driver: v.driver, CublasLt: v.cublasLt}, classes: map[class]choice{}, shapes: map[shape]choice{}}
+	s := &choices{timed: o.Timed, file: o.Choices, log: o.Log, here: machine{Card: model, Driver: v.driver, CublasLt: v.cublasLt}, classes: map[class]choice{}, shapes: map[shape]choice{}, refused: map[class]bool{}}
 	if s.log == nil {
 		s.log = slog.Default()
 	}
@@ -98,6 +102,15 @@ func newChoices(o Options, model string, v versions) *choices {
 		}
 	}
 	return s
+}
+
+// refuse notes that the library does not compute a shape; the log hears of each kind once.
+func (s *choices) refuse(x shape, p product) {
+	s.shapes[x] = choice{own: true}
+	if k := x.class(); !s.refused[k] {
+		s.refused[k] = true
+		s.log.Warn("cuBLASLt refuses a product: a slow kernel computes it", "product", p)
+	}
 }
 
 // gemm runs a product on the owner.
@@ -120,6 +133,9 @@ func (d *Device) gemm(c driver, x matrices) error {
 			clear(d.choices.shapes)
 		}
 		d.choices.shapes[s] = chosen
+		if chosen.own {
+			d.choices.refuse(s, p)
+		}
 		if ran {
 			return nil
 		}
@@ -129,7 +145,7 @@ func (d *Device) gemm(c driver, x matrices) error {
 	}
 	err := c.product(p, chosen.algorithm)
 	if errors.Is(err, errUnsupported) {
-		d.choices.shapes[s] = choice{own: true}
+		d.choices.refuse(s, p)
 		return simple(c, p)
 	}
 	return err
@@ -182,7 +198,7 @@ func (d *Device) fastest(c driver, p product) (best choice, err error) {
 	if err != nil && !errors.Is(err, errUnsupported) {
 		return choice{}, err
 	}
-	if len(found) == 1 {
+	if len(found) == 1 || len(found) > 0 && p.accumulate && p.extent() > asideMost {
 		return choice{algorithm: found[0]}, nil
 	}
 	if p.accumulate && len(found) > 0 {

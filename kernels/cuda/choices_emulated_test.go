@@ -30,7 +30,7 @@ func TestWithoutCublasLt(t *testing.T) {
 		t.Fatal(err)
 	}
 	for _, how := range []string{"offer=0", "refuse=0,1,2,3,4,5"} {
-		t.Run(how, func(t *testing.T) { kerneltest.Run(t, behave(t, how, Options{})) })
+		t.Run(how, func(t *testing.T) { kerneltest.Run(t, behave(t, how, Options{Log: slog.New(slog.DiscardHandler)})) })
 	}
 }
 

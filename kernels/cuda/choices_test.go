@@ -2,8 +2,10 @@ package cuda
 
 import (
 	"fmt"
+	"log/slog"
 	"os"
 	"path/filepath"
+	"strings"
 	"testing"
 	"time"
 
@@ -116,23 +118,31 @@ func TestCloseTimes(t *testing.T) {
 
 // TestOwnKernelTakesTheRest: empty sums, a bias at an odd place, and what the library has nothing for.
 func TestOwnKernelTakesTheRest(t *testing.T) {
-	d, l := newLaboratory(t, Options{}, time.Microsecond)
+	var warned strings.Builder
+	d, l := newLaboratory(t, Options{Log: slog.New(slog.NewTextHandler(&warned, nil))}, time.Microsecond)
 	bf := func(n int) kernels.Buffer { return mustAlloc(t, d, kernels.BF16, n) }
 	d.Gemm(kernels.Gemm{A: bf(0), B: bf(0), C: bf(8), M: 2, N: 4})
 	d.Gemm(kernels.Gemm{A: bf(6), B: bf(12), C: bf(8), M: 2, N: 4, K: 3, Bias: bf(5).Slice(1, 5)})
 	if l.tokens(t, d, 3, false); len(l.ran) != 1 {
 		t.Errorf("the library ran %d products, expected the last one alone", len(l.ran))
 	}
+	if warned.Len() > 0 {
+		t.Errorf("warned of what is never the library's: %s", &warned)
+	}
 	l.took = nil
-	l.tokens(t, d, 4, false)
+	l.tokens(t, d, 5, false)
+	l.tokens(t, d, 6, false)
+	if n := strings.Count(warned.String(), "refuses a product"); n != 1 {
+		t.Errorf("%d warnings of one kind of product, expected 1: %s", n, &warned)
+	}
 	var own int
 	for _, x := range l.launches {
 		if x.kernel == "gemm_simple" {
 			own++
 		}
 	}
-	if own != 3 || len(l.ran) != 1 {
-		t.Errorf("%d products by the own kernel, %d by the library, expected 3 and 1", own, len(l.ran))
+	if own != 4 || len(l.ran) != 1 {
+		t.Errorf("%d products by the own kernel, %d by the library, expected 4 and 1", own, len(l.ran))
 	}
 }
 

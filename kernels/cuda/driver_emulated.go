@@ -64,7 +64,7 @@ func symbol(library, name string) (unsafe.Pointer, error) {
 
 // Break makes every later call fail as behind an illegal address: the context is lost.
 func (d *Device) Break() {
-	d.q.put(command{label: of("break", ""), run: func(c driver) error {
+	d.q.put(command{label: of("memory", "lost"), run: func(c driver) error {
 		c.(*emulated).broken = errBroken
 		return nil
 	}})
