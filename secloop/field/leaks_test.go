@@ -21,6 +21,7 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 	"github.com/google/nftables"
+	"github.com/vishvananda/netlink"
 	"github.com/vishvananda/netns"
 
 	"trainerd/secloop/scenario"
@@ -149,8 +150,8 @@ func runSupervisor(t *testing.T, seed uint64, lines int, moment time.Duration, c
 	return cmd.Process.Pid
 }
 
-// census lists the links, mounts and nftables tables of this host, the
-// processes and control groups of our fields, and every network namespace that
+// census lists the links, their qdiscs, classes and filters, the mounts and
+// nftables tables of this host, the processes and control groups of our fields, and every network namespace that
 // a process lives in. What belongs to the fields of other supervisors is passed over.
 func census(t *testing.T, ours map[string]bool) []string {
 	t.Helper()
@@ -162,6 +163,7 @@ func census(t *testing.T, ours map[string]bool) []string {
 	for _, l := range links {
 		all = append(all, "link "+l.Name)
 	}
+	all = append(all, traffic(t)...)
 	mounts, err := os.ReadFile("/proc/self/mountinfo")
 	if err != nil {
 		t.Fatal(err)
@@ -213,4 +215,38 @@ func census(t *testing.T, ours map[string]bool) []string {
 	}
 	slices.Sort(all)
 	return slices.Compact(all)
+}
+
+// traffic lists what controls the traffic of this host's links.
+func traffic(t *testing.T) []string {
+	t.Helper()
+	links, err := netlink.LinkList()
+	if err != nil {
+		t.Fatal(err)
+	}
+	var all []string
+	for _, l := range links {
+		qdiscs, err := netlink.QdiscList(l)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, q := range qdiscs {
+			all = append(all, fmt.Sprintf("qdisc %s %s of %s", q.Type(), netlink.HandleStr(q.Attrs().Handle), l.Attrs().Name))
+		}
+		classes, err := netlink.ClassList(l, 0)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, c := range classes {
+			all = append(all, fmt.Sprintf("class %s %s of %s", c.Type(), netlink.HandleStr(c.Attrs().Handle), l.Attrs().Name))
+			filters, err := netlink.FilterList(l, c.Attrs().Parent)
+			if err != nil {
+				t.Fatal(err)
+			}
+			for _, f := range filters {
+				all = append(all, fmt.Sprintf("filter %s %d of %s", f.Type(), f.Attrs().Handle, l.Attrs().Name))
+			}
+		}
+	}
+	return all
 }

@@ -89,14 +89,12 @@ func (s *shaper) limit(want scenario.Shape) error {
 		if old != nil && old.Rate <= rate {
 			continue
 		}
-		class := s.class(id, want)
 		if old != nil {
-			if err := s.h.ClassChange(class); err != nil {
-				return fmt.Errorf("change class %s: %w", netlink.HandleStr(id), err)
+			if err := s.remove(old); err != nil {
+				return err
 			}
-			continue
 		}
-		if err := s.h.ClassAdd(class); err != nil {
+		if err := s.h.ClassAdd(s.class(id, want)); err != nil {
 			return fmt.Errorf("add class %s: %w", netlink.HandleStr(id), err)
 		}
 		if err := s.h.FilterAdd(s.filter(id, c.priority, want.Src)); err != nil {
@@ -104,6 +102,26 @@ func (s *shaper) limit(want scenario.Shape) error {
 		}
 	}
 	return s.verify(want)
+}
+
+// remove takes a class and its filters away. A class whose rate is changed in
+// place would keep its burst as a time, which is fewer bytes at the lower rate.
+func (s *shaper) remove(c *netlink.HtbClass) error {
+	filters, err := s.h.FilterList(s.link, netlink.MakeHandle(rootMajor, 0))
+	if err != nil {
+		return fmt.Errorf("read filters: %w", err)
+	}
+	for _, f := range filters {
+		if u, ok := f.(*netlink.U32); ok && u.ClassId == c.Handle {
+			if err := s.h.FilterDel(u); err != nil {
+				return fmt.Errorf("remove filter to %s: %w", netlink.HandleStr(c.Handle), err)
+			}
+		}
+	}
+	if err := s.h.ClassDel(c); err != nil {
+		return fmt.Errorf("remove class %s: %w", netlink.HandleStr(c.Handle), err)
+	}
+	return nil
 }
 
 func classOf(kind uint16, host netip.Addr) uint32 {

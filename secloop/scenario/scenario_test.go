@@ -115,6 +115,7 @@ var injections = []string{
 	"0.0.0.0", "127.0.0.1", "10.0.0.1", "::1", "::ffff:198.18.0.1", "198.18.0.01", "198.18.0.1%eth0", "198.18.0.256", " 198.18.0.1", "198.18.0.1\x00",
 	"../../etc/passwd", "/proc/sys/kernel/sysrq", "net.ipv4.ip_forward", "include \"/etc/shadow\"", "@banned", "web1,web2", "*", "",
 	"' OR '1'='1", "<script>", "{{.}}", "%s%s%s%n", "80 accept", "-1", "0", "65536", "0x50", "1e1", "08", "+8", "٨", strings.Repeat("A", 1<<16), "--help", "web1 || true",
+	"8kbit", "16mbit burst 1g", "8; tc qdisc del dev blue0 root", "8 ceil 1gbit", "blue0",
 }
 
 // TestInjectionsAreRefused puts every injection into every parameter of every
