@@ -30,37 +30,38 @@ func train(t testing.TB, m *model.Model, steps int) {
 // as the first one does.
 func TestStateRoundTrip(t *testing.T) {
 	for name, cfg := range configs() {
-		t.Run(name, func(t *testing.T) {
-			dev := newDevice(t)
-			opt := trainOptions()
-			opt.Reference = true
-			a := load(t, dev, randomSource(t, cfg, 4), opt)
-			train(t, a, 3)
-			if err := a.SyncReference(0.3); err != nil {
-				t.Fatal(err)
-			}
-			var state bytes.Buffer
-			if err := a.SaveState(&state); err != nil {
-				t.Fatal(err)
-			}
-			b := load(t, dev, a.Export(), opt)
-			if err := b.LoadState(bytes.NewReader(state.Bytes())); err != nil {
-				t.Fatal(err)
-			}
-			var again bytes.Buffer
-			if err := b.SaveState(&again); err != nil {
-				t.Fatal(err)
-			}
-			if !bytes.Equal(state.Bytes(), again.Bytes()) {
-				t.Error("a loaded state is saved differently")
-			}
-			train(t, a, 2)
-			train(t, b, 2)
-			if a.Steps() != 5 || b.Steps() != 5 {
-				t.Errorf("%d and %d steps, expected 5", a.Steps(), b.Steps())
-			}
-			sameBits(t, "weights two steps on", weightsOf(t, b), weightsOf(t, a))
-		})
+		for format, opt := range formats() {
+			t.Run(name+"/"+format, func(t *testing.T) {
+				dev := newDevice(t)
+				opt.Reference = true
+				a := load(t, dev, randomSource(t, cfg, 4), opt)
+				train(t, a, 3)
+				if err := a.SyncReference(0.3); err != nil {
+					t.Fatal(err)
+				}
+				var state bytes.Buffer
+				if err := a.SaveState(&state); err != nil {
+					t.Fatal(err)
+				}
+				b := load(t, dev, a.Export(), opt)
+				if err := b.LoadState(bytes.NewReader(state.Bytes())); err != nil {
+					t.Fatal(err)
+				}
+				var again bytes.Buffer
+				if err := b.SaveState(&again); err != nil {
+					t.Fatal(err)
+				}
+				if !bytes.Equal(state.Bytes(), again.Bytes()) {
+					t.Error("a loaded state is saved differently")
+				}
+				train(t, a, 2)
+				train(t, b, 2)
+				if a.Steps() != 5 || b.Steps() != 5 {
+					t.Errorf("%d and %d steps, expected 5", a.Steps(), b.Steps())
+				}
+				sameBits(t, "weights two steps on", weightsOf(t, b), weightsOf(t, a))
+			})
+		}
 	}
 }
 
@@ -69,11 +70,9 @@ var update = flag.Bool("update", false, "write testdata anew")
 // TestStateV1 reads a frozen state file, which every later version must be able
 // to, and writes the same bytes. -update makes the file; once released it stays.
 func TestStateV1(t *testing.T) {
-	cfg := model.Config{Type: "qwen3", Vocab: 7, Hidden: 4, FFN: 3, Layers: 1, Heads: 2, KVHeads: 1, HeadDim: 2, MaxPositions: 64,
-		RopeTheta: 100, NormEps: 1e-5, QKNorm: true, InitStd: 0.3, BOS: -1}
 	opt := trainOptions()
 	opt.Reference = true
-	m := load(t, newDevice(t), randomSource(t, cfg, 1), opt)
+	m := load(t, newDevice(t), randomSource(t, tinyStateModel, 1), opt)
 	const path = "testdata/v1/state.bin"
 	if *update {
 		train(t, m, 2)
@@ -103,19 +102,19 @@ func TestStateV1(t *testing.T) {
 
 // FuzzLoadState: whatever the bytes, LoadState returns a fault or has read a state that is saved the same.
 func FuzzLoadState(f *testing.F) {
-	frozen, err := os.ReadFile("testdata/v1/state.bin")
-	if err != nil {
-		f.Fatal(err)
+	for _, name := range []string{"state.bin", "state_compact.bin"} {
+		frozen, err := os.ReadFile("testdata/v1/" + name)
+		if err != nil {
+			f.Fatal(err)
+		}
+		f.Add(frozen, name != "state.bin")
+		f.Add(frozen[:40], name != "state.bin")
 	}
-	f.Add(frozen)
-	f.Add(frozen[:40])
-	cfg := model.Config{Type: "qwen3", Vocab: 7, Hidden: 4, FFN: 3, Layers: 1, Heads: 2, KVHeads: 1, HeadDim: 2, MaxPositions: 64,
-		RopeTheta: 100, NormEps: 1e-5, QKNorm: true, InitStd: 0.3, BOS: -1}
-	opt := trainOptions()
-	opt.Reference = true
 	dev := newDevice(f)
-	f.Fuzz(func(t *testing.T, data []byte) {
-		m := load(t, dev, randomSource(t, cfg, 1), opt)
+	f.Fuzz(func(t *testing.T, data []byte, compact bool) {
+		opt := trainOptions()
+		opt.Reference, opt.CompactMoments = true, compact
+		m := load(t, dev, randomSource(t, tinyStateModel, 1), opt)
 		if err := m.LoadState(bytes.NewReader(data)); err != nil {
 			if k := fault.KindOf(err); k != fault.Malformed && k != fault.Invalid {
 				t.Fatalf("%v is neither malformed nor invalid", err)
@@ -186,9 +185,9 @@ func (failingWriter) Write([]byte) (int, error) { return 0, errDisk }
 // TestCapturedStateIsOfItsMoment: a captured state saves what SaveState wrote
 // then, twice and whatever the model does meanwhile.
 func TestCapturedStateIsOfItsMoment(t *testing.T) {
-	for _, reference := range []bool{false, true} {
+	for i, reference := range []bool{false, true, false, true} {
 		opt := trainOptions()
-		opt.Reference = reference
+		opt.Reference, opt.CompactMoments = reference, i >= 2
 		m := load(t, newDevice(t), randomSource(t, configs()["qwen2"], 4), opt)
 		train(t, m, 2)
 		var want bytes.Buffer
