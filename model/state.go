@@ -64,6 +64,9 @@ type values struct {
 
 // bytes appends the values to dst, little-endian.
 func (v values) bytes(dst []byte) []byte {
+	if binary.NativeEndian.Uint16([]byte{1, 0}) == 1 { // as they lie
+		return append(append(append(dst, raw(v.f)...), raw(v.h)...), raw(v.b)...)
+	}
 	for _, x := range v.f {
 		dst = binary.LittleEndian.AppendUint32(dst, math.Float32bits(x))
 	}
@@ -74,6 +77,11 @@ func (v values) bytes(dst []byte) []byte {
 		dst = append(dst, byte(x))
 	}
 	return dst
+}
+
+// raw views values as bytes in the machine's order.
+func raw[T float32 | int16 | int8](x []T) []byte {
+	return unsafe.Slice((*byte)(unsafe.Pointer(unsafe.SliceData(x))), len(x)*int(unsafe.Sizeof(*new(T))))
 }
 
 // take undoes bytes.

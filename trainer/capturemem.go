@@ -57,7 +57,7 @@ func (b *captureBudget) take(id JobID, n int64, free func() int64) (raw []byte, 
 	if room := free(); n > room {
 		return nil, fmt.Sprintf("a capture of %d bytes does not fit: the host has %d free", n, room)
 	}
-	span, err := hostmem.Take(n)
+	span, err := hostmem.Take(n, hostmem.Small)
 	if err != nil {
 		return nil, fmt.Sprintf("a capture of %d bytes does not fit: %v", n, err)
 	}

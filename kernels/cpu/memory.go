@@ -115,13 +115,13 @@ type slab = hostmem.Span
 // system would promise it and end the process later.
 func takeSlab(purpose string, bytes int64) (*slab, error) {
 	if bytes < hostmem.Large {
-		return hostmem.Take(bytes)
+		return hostmem.Take(bytes, hostmem.Huge)
 	}
 	_, free := hostMemory()
 	if bytes > free {
 		return nil, fault.New(fault.TooLarge, "out_of_memory", "allocate %s: %d bytes wanted, %d free", purpose, bytes, free)
 	}
-	s, err := hostmem.Take(bytes)
+	s, err := hostmem.Take(bytes, hostmem.Huge)
 	if err != nil {
 		return nil, fault.New(fault.TooLarge, "out_of_memory", "allocate %s: %d bytes wanted, %d free: %w", purpose, bytes, free, err)
 	}

@@ -16,13 +16,25 @@ type Span struct {
 	raw   []byte // the mapping it lies in; nil when it came from the Go heap
 }
 
+// Pages says what a span lies in.
+type Pages uint8
+
+const (
+	// Huge pages are worth it for memory that is read again and again. Where the
+	// system's memory is full of cached files it has to put them together first,
+	// which takes up to ten times as long as small ones do.
+	Huge Pages = iota
+	// Small pages are there soon.
+	Small
+)
+
 // Take returns a span of n bytes whose pages are there: the error says that the
 // system has not got them, where it would otherwise end the process later.
-func Take(n int64) (*Span, error) {
+func Take(n int64, pages Pages) (*Span, error) {
 	if n < Large {
 		return heap(n), nil
 	}
-	return mapped(n)
+	return mapped(n, pages)
 }
 
 func heap(n int64) *Span {

@@ -6,8 +6,9 @@ import (
 )
 
 func TestSpans(t *testing.T) {
-	for _, n := range []int64{0, 1, 63, 4096, Large - 1, Large, Large + 1, 5<<20 + 3} {
-		s, err := Take(n)
+	for i, n := range []int64{0, 1, 63, 4096, Large - 1, Large, Large + 1, 5<<20 + 3} {
+		pages := []Pages{Huge, Small}[i%2]
+		s, err := Take(n, pages)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -29,13 +30,13 @@ func TestSpans(t *testing.T) {
 		}
 		s.Free()
 	}
-	if _, err := Take(1 << 50); err == nil {
+	if _, err := Take(1<<50, Small); err == nil {
 		t.Error("a petabyte was taken")
 	}
 }
 
 func TestViews(t *testing.T) {
-	s, err := Take(64)
+	s, err := Take(64, Huge)
 	if err != nil {
 		t.Fatal(err)
 	}
