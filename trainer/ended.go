@@ -179,6 +179,9 @@ func (j *Job) openLog() error {
 	if err != nil {
 		return fmt.Errorf("open spool of job %s: %w", j.ID, err)
 	}
+	if f := j.m.opts.BeforeSync; f != nil {
+		log.BeforeSync(f)
+	}
 	j.mu.Lock()
 	defer j.mu.Unlock()
 	j.spool = log

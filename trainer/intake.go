@@ -8,6 +8,8 @@ import (
 	"fmt"
 	"math"
 	"strconv"
+	"sync"
+	"sync/atomic"
 	"time"
 
 	"go.opentelemetry.io/otel/attribute"
@@ -229,6 +231,33 @@ func (j *Job) expire() error {
 	defer j.mu.Unlock()
 	j.asm.Expire(now)
 	j.entered = seq
+	return nil
+}
+
+// settling is the settling of groups that runs beside training, at most one of a job.
+type settling struct {
+	sync.WaitGroup
+	now    atomic.Bool
+	failed atomic.Bool // the latest did
+}
+
+func (s *settling) underWay() bool { return s.now.Load() }
+
+// settleBeside settles groups that did not fill in time without holding up
+// training: the log may be busy with uploads, or its disk slow. If that fails,
+// the next try is the job's goroutine's own, which repeats it until the disk is
+// well. Called by the job's goroutine.
+func (j *Job) settleBeside(ctx context.Context) error {
+	if j.settling.failed.Swap(false) {
+		return j.patiently(ctx, j.expire)
+	}
+	j.settling.now.Store(true)
+	j.settling.Go(func() {
+		err := j.expire()
+		j.settling.failed.Store(err != nil)
+		j.settling.now.Store(false)
+		j.poke()
+	})
 	return nil
 }
 

@@ -97,6 +97,8 @@ type Options struct {
 	// Dry has steps taken, checked, packed and recorded, but not computed: weights
 	// stay as they are. It is for measuring what surrounds the model.
 	Dry bool
+	// BeforeSync, when set, is called before each fsync of a spool: a slow disk, for tests.
+	BeforeSync func()
 }
 
 // Manager owns a device, its jobs and their records.

@@ -40,6 +40,8 @@ type Log struct {
 	salt   uint64
 	dirty  bool // bytes of a failed append may lie past its end
 	cut    int64
+
+	beforeSync func() // see BeforeSync
 }
 
 // segment is a file of the log.
@@ -55,6 +57,11 @@ type appending struct {
 	done   bool // guarded by Log.writing
 	err    error
 }
+
+// BeforeSync has f called before each append is synced, by the goroutine that
+// holds up all other appends meanwhile: a slow disk, for tests. It is called once,
+// before the first Append.
+func (l *Log) BeforeSync(f func()) { l.beforeSync = f }
 
 // Open opens or creates the log in dir and cuts a torn tail. Segments roll over at segmentBytes.
 func Open(dir string, segmentBytes int64) (*Log, error) {
@@ -282,6 +289,9 @@ func (l *Log) write(group []*appending) error {
 		_, err = l.active.WriteAt(h.encode(l.salt), s.end)
 	}
 	crashpoint.Reach("spool.frame_written")
+	if l.beforeSync != nil {
+		l.beforeSync()
+	}
 	if err == nil {
 		err = crashpoint.Sync("spool.frame", l.active)
 	}
