@@ -17,7 +17,7 @@ SMOLLM2             := $(CACHE)/smollm2/SmolLM2.gguf
 
 .PHONY: test-field test-field-real bench-field field-leaks build test test-race test-parity test-minio test-interop test-readme lint bench demo demo-control demo-seeds demo-smollm2 demo-secloop secloop-control secloop-smollm2 secloop-sweep crash soak crash-mutations faults load goldens tools venv fuzz clean
 .PHONY: attack vuln test-vllm bench-delta
-.PHONY: kernels trainerd-cuda cuda-driver cuda-check cuda-emulated device-bundle
+.PHONY: kernels trainerd-cuda cuda-driver cuda-check cuda-emulated cuda-standin device-bundle device-dry
 
 build: ## bin/trainerd, pure Go
 	CGO_ENABLED=0 $(GO) build -trimpath -ldflags "$(LDFLAGS)" -o bin/trainerd ./cmd/trainerd
@@ -168,14 +168,21 @@ cuda-emulated: # the CUDA device's own code and kernels on a CPU emulator, again
 	TRAINERD_EMULATOR=$(CURDIR)/out/emulator $(CUDA_GO) test -tags cudaemu -count=1 -timeout 10m -run 'TestJobsTakeTurnsOnTheDevice|TestHostMemoryBoundsSwapping|TestBrokenJobHarmsNoOther' ./server
 	TRAINERD_EMULATOR=$(CURDIR)/out/emulator $(CUDA_GO) test -tags cudaemu -count=1 -timeout 10m -run Emulated ./bench
 
+cuda-standin: trainerd-cuda # what runs on a card, on strict stand-ins for the driver and cuBLASLt that do nothing before they are waited for
+	kernels/cuda/emulator/build.sh out/emulator
+	$(CUDA_GO) test -c -tags cuda -o out/cuda/cuda.test ./kernels/cuda
+	cd kernels/cuda && LD_LIBRARY_PATH=$(CURDIR)/out/emulator ../../out/cuda/cuda.test -test.timeout 10m -kerneltest.budget 4e5
+
 cuda-check: trainerd-cuda ## compiles all kernels and all tagged Go, and runs what needs no GPU
 	$(CUDA_GO) vet -tags cuda ./kernels/cuda ./cmd/trainerd ./model
-	$(CUDA_GO) test -c -tags cuda -o out/cuda/cuda.test ./kernels/cuda
 	@if [ ! -e /dev/nvidiactl ]; then bin/trainerd-cuda bench gemm --device cuda:0 --repeats 1 2>&1 | tee -a /dev/stderr | grep -q 'no NVIDIA driver'; fi
-	$(MAKE) cuda-emulated
+	$(MAKE) cuda-emulated cuda-standin
 
 device-bundle: trainerd-cuda venv $(SMOLLM2) ## .device/: what bench/device.sh needs on a machine with a GPU and no Go
 	bench/device_bundle.sh
+
+device-dry: build venv # the timing calls of bench/device.sh on the CPU, at sizes of no consequence
+	bench/device_dry.sh bin/trainerd $(PY)
 
 clean:
 	rm -rf bin out kernels/cuda/fatbin

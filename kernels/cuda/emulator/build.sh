@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # build.sh OUT: compiles all kernels with g++ against the emulator (../emu) into
 # OUT/libemulated.so, and the stand-in for cuBLASLt, against NVIDIA's headers, into
-# OUT/libcublasLt.so.13; for go test -tags cudaemu.
+# OUT/libcublasLt.so.13; for go test -tags cudaemu. OUT/libcuda.so.1 is the stand-in
+# for the driver: with OUT in LD_LIBRARY_PATH, what is built for a card runs.
 set -euo pipefail
 out=$(mkdir -p "$1" && cd "$1" && pwd)
 cd "$(dirname "$0")"
@@ -23,4 +24,7 @@ compile emulated.cc "$out/emulated.o" -I"$out"
 g++ -shared -o "$out/libemulated.so" "${objects[@]}"
 if [ ! -f "$out/libcublasLt.so.13" ] || [ cublaslt.cc -nt "$out/libcublasLt.so.13" ]; then
   g++ -std=c++17 -O2 -fPIC -Wall -shared -isystem "$(../toolkit.sh)/include" -o "$out/libcublasLt.so.13" cublaslt.cc
+fi
+if [ ! -f "$out/libcuda.so.1" ] || [ -n "$(find cuda.cc "${objects[@]}" -newer "$out/libcuda.so.1")" ]; then
+  g++ -std=c++17 -O2 -fPIC -Wall -shared -isystem ../compat -isystem "$(../toolkit.sh)/include" -o "$out/libcuda.so.1" cuda.cc "${objects[@]}"
 fi

@@ -19,6 +19,8 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <dlfcn.h>
+#include <functional>
 #include <string>
 #include <vector>
 
@@ -212,6 +214,21 @@ bool overlap(const void *a, size_t an, const void *b, size_t bn) {
 	auto x = reinterpret_cast<uintptr_t>(a), y = reinterpret_cast<uintptr_t>(b);
 	return x < y + bn && y < x + an;
 }
+// On the stream of the driver's stand-in, where that is loaded, work is done when its turn comes.
+void on_stream(cudaStream_t stream, std::function<void()> work) {
+	auto enqueue = reinterpret_cast<void (*)(void *, void (*)(void *), void *)>(dlsym(RTLD_DEFAULT, "standin_enqueue"));
+	if (!stream || !enqueue) return work();
+	enqueue(stream, [](void *f) {
+		auto g = static_cast<std::function<void()> *>(f);
+		(*g)();
+		delete g;
+	}, new std::function<void()>(std::move(work)));
+}
+bool on_card(const void *p, size_t n) {
+	auto inside = reinterpret_cast<int (*)(const void *, size_t)>(dlsym(RTLD_DEFAULT, "standin_inside"));
+	return !inside || inside(p, n);
+}
+
 size_t extent(const Layout *l) { return ((l->cols - 1) * l->ld + l->rows) * size_of(l->type); }
 
 } // namespace
@@ -358,7 +375,7 @@ cublasStatus_t cublasLtMatmulAlgoCheck(cublasLtHandle_t handle, cublasLtMatmulDe
 
 cublasStatus_t cublasLtMatmul(cublasLtHandle_t handle, cublasLtMatmulDesc_t desc, const void *alpha, const void *A, cublasLtMatrixLayout_t a, const void *B, cublasLtMatrixLayout_t b,
                               const void *beta, const void *C, cublasLtMatrixLayout_t c, void *D, cublasLtMatrixLayout_t d, const cublasLtMatmulAlgo_t *algo, void *workspace,
-                              size_t bytes, cudaStream_t) {
+                              size_t bytes, cudaStream_t stream) {
 	if (!as<Handle>(handle, kHandle)) return CUBLAS_STATUS_NOT_INITIALIZED;
 	Shape s;
 	Algo x;
@@ -377,26 +394,33 @@ cublasStatus_t cublasLtMatmul(cublasLtHandle_t handle, cublasLtMatmulDesc_t desc
 	uint64_t need = workspace_of(int(x.id), s);
 	if (bytes < need) return refuse(CUBLAS_STATUS_INVALID_VALUE, "a workspace of %zu bytes, %lu wanted", bytes, (unsigned long)need);
 	if (bytes && (!workspace || reinterpret_cast<uintptr_t>(workspace) % 256)) return refuse(CUBLAS_STATUS_INVALID_VALUE, "a workspace that is not 256-byte aligned");
+	if (!on_card(A, extent(s.a)) || !on_card(B, extent(s.b)) || !on_card(D, extent(s.d)) || (bytes && !on_card(workspace, bytes)))
+		return refuse(CUBLAS_STATUS_EXECUTION_FAILED, "a matrix outside the card's memory");
 	if (has(behaviour.refuse, int(x.id))) return CUBLAS_STATUS_NOT_SUPPORTED;
 	if (has(behaviour.fail, int(x.id))) return CUBLAS_STATUS_EXECUTION_FAILED;
-	clock_now += behaviour.cost[x.id];
-	memset(workspace, 0xff, std::min<size_t>(need, 1 << 16)); // what was there is gone
-	auto ra = rows(static_cast<const uint16_t *>(A), s.m, s.k, s.a->ld, s.desc->transa == CUBLAS_OP_T);
-	auto rb = rows(static_cast<const uint16_t *>(B), s.n, s.k, s.b->ld, s.desc->transb != CUBLAS_OP_T);
 	const uint16_t *bias = s.desc->epilogue == CUBLASLT_EPILOGUE_BIAS ? static_cast<const uint16_t *>(s.desc->bias) : nullptr;
-	for (int64_t j = 0; j < s.n; j++) {
-		for (int64_t i = 0; i < s.m; i++) {
-			float v = by * inner(int(x.id), &ra[i * s.k], &rb[j * s.k], s.k);
-			if (s.d->type == CUDA_R_32F) {
-				if (keep != 0) v += keep * static_cast<const float *>(C)[j * s.c->ld + i];
-				static_cast<float *>(D)[j * s.d->ld + i] = v;
-				continue;
+	// What descriptors say now is what counts.
+	int64_t m = s.m, n = s.n, k = s.k, lda = s.a->ld, ldb = s.b->ld, ldc = s.c->ld, ldd = s.d->ld;
+	bool ta = s.desc->transa == CUBLAS_OP_T, tb = s.desc->transb == CUBLAS_OP_T, wide = s.d->type == CUDA_R_32F;
+	int id = int(x.id);
+	on_stream(stream, [=] {
+		clock_now += behaviour.cost[id];
+		memset(workspace, 0xff, std::min<size_t>(need, 1 << 16)); // what was there is gone
+		auto ra = rows(static_cast<const uint16_t *>(A), m, k, lda, ta), rb = rows(static_cast<const uint16_t *>(B), n, k, ldb, !tb);
+		for (int64_t j = 0; j < n; j++) {
+			for (int64_t i = 0; i < m; i++) {
+				float v = by * inner(id, &ra[i * k], &rb[j * k], k);
+				if (wide) {
+					if (keep != 0) v += keep * static_cast<const float *>(C)[j * ldc + i];
+					static_cast<float *>(D)[j * ldd + i] = v;
+					continue;
+				}
+				if (keep != 0) v += keep * bf(static_cast<const uint16_t *>(C)[j * ldc + i]);
+				if (bias) v += bf(bias[i]);
+				static_cast<uint16_t *>(D)[j * ldd + i] = to_bf(v);
 			}
-			if (keep != 0) v += keep * bf(static_cast<const uint16_t *>(C)[j * s.c->ld + i]);
-			if (bias) v += bf(bias[i]);
-			static_cast<uint16_t *>(D)[j * s.d->ld + i] = to_bf(v);
 		}
-	}
+	});
 	return CUBLAS_STATUS_SUCCESS;
 }
 
