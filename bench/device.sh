@@ -1,17 +1,21 @@
 #!/usr/bin/env bash
-# device.sh check|time [SECONDS]: the CUDA device on a real card, checks first.
+# device.sh check|time|time2|time3 [SECONDS]: the CUDA device on a real card.
 # Needs .device/ (make device-bundle), CUDA and PyTorch with transformers; no Go.
-# Writes one JSON object per line to $OUT/results.jsonl (OUT: out/device-results)
+# Writes one JSON object per line to $OUT/results-WHAT.jsonl (OUT: out/device-results)
 # and to stdout, everything else to $OUT/SECTION.log. Every section has its own limit,
 # and all together SECONDS (570), so that one that hangs costs only itself.
 # Exits 1 when a section failed; ends with a line that counts them.
+#
+# A dry run on a machine without a card takes the same command lines at sizes of no
+# consequence (make device-dry): DEVICE=cpu SHAPE=smoke LOAD=smoke MODES=eager TRAINERD=bin/trainerd.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 what=${1:-check} total=${2:-570}
 OUT=${OUT:-out/device-results}
 mkdir -p "$OUT" out/device-run
 run=$PWD/out/device-run python=${PYTHON:-python3}
-results=$OUT/results.jsonl
+device=${DEVICE:-cuda:0} trainerd=${TRAINERD:-$run/trainerd-cuda}
+results=$OUT/results-$what.jsonl
 : >"$results"
 passed=0 failed=0
 say() { echo "$1" | tee -a "$results"; }
@@ -48,8 +52,8 @@ sanitizer=$(command -v compute-sanitizer || echo "${CUDA_HOME:-/usr/local/cuda}/
 nvidia-smi --query-gpu=name,driver_version,memory.total,clocks.max.sm --format=csv,noheader >"$OUT/machine.log" 2>&1
 say "{\"name\":\"machine\",\"what\":\"$(tr -d '"\\' <"$OUT/machine.log" | tr '\n' ' ')\"}"
 export -f unpack
-export run
-section unpack 60 bash -c unpack
+export run python device trainerd
+[ -n "${TRAINERD:-}" ] || section unpack 60 bash -c unpack
 say "{\"name\":\"commit\",\"commit\":\"$(cat "$run/commit" 2>/dev/null)\"}"
 
 # The loop over HTTP on the card, then its last checkpoint in transformers: server DIR
@@ -61,25 +65,58 @@ server() {
   [ -n "$published" ] || { echo "nothing was published"; return 1; }
   "$python" bench/device_compare.py "$run/probe" cuda:0 "$published" --short
 }
-# step SHAPE LOAD: ours and PyTorch's in the same run, and the ratio of rollouts/s.
+# ours WHAT FLAGS...: trainerd bench on the device; SHAPE and LOAD of a dry run replace what the flags say.
+ours() {
+  local what=$1 args=() name
+  shift
+  while [ $# -gt 0 ]; do
+    name=$1
+    shift
+    case $name in
+      --shape) args+=("$name" "${SHAPE:-$1}") && shift ;;
+      --load) args+=("$name" "${LOAD:-$1}") && shift ;;
+      *) args+=("$name") ;;
+    esac
+  done
+  "$trainerd" bench "$what" --device "$device" "${args[@]}"
+}
+# baseline WHAT FLAGS...: torch_baseline.py on the device.
+baseline() { "$python" bench/torch_baseline.py "$@" --device "${device%%:*}"; }
+# step SHAPE LOAD MODES FLAGS...: ours and PyTorch's in the same run, and both in one row.
 step() {
-  "$run/trainerd-cuda" bench step --device cuda:0 --shape "$1" --load "$2" --repeats 5 | tee "$run/ours.json" || return 1
-  "$python" bench/torch_baseline.py step --shape "$1" --load "$2" --modes "${3:-eager,compile}" --repeats 4 | tee "$run/torch.json" || return 1
-  "$python" - "$1" "$2" "$run/ours.json" "$run/torch.json" <<'P'
+  set -o pipefail
+  local shape=${SHAPE:-$1} load=${LOAD:-$2} modes=${MODES:-$3} ours theirs
+  shift 3
+  ours=$(mktemp) theirs=$(mktemp)
+  ours step --shape "$shape" --load "$load" --floor "$@" | tee "$ours" || return 1
+  baseline step --shape "$shape" --load "$load" --modes "$modes" --repeats 4 | tee "$theirs" || return 1
+  "$python" - "$ours" "$theirs" <<'P'
 import json, sys
 read = lambda p: [json.loads(l) for l in open(p) if l.startswith("{")]
-ours = read(sys.argv[3])[-1]["rollouts_s"]
-best = max(r["rollouts_s"] for r in read(sys.argv[4]) if r.get("rollouts_s"))
-print(json.dumps({"name": "ratio", "shape": sys.argv[1], "load": sys.argv[2], "ours_rollouts_s": ours, "torch_best_rollouts_s": best, "ratio": round(ours / best, 3)}))
+ours = [r for r in read(sys.argv[1]) if r["name"] == "step"][-1]
+torch = [r for r in read(sys.argv[2]) if r["name"] == "step"]
+best = max((r for r in torch if r.get("rollouts_s")), key=lambda r: r["rollouts_s"], default=None)
+row = {"name": "row", "shape": ours["shape"], "load": ours["load"], "rollouts_s": round(ours["rollouts_s"], 2), "step_s": ours["step_s"],
+       "floor_rollouts_s": round(ours["floor_rollouts_s"], 1), "share_of_floor": round(ours["mfu"], 4), "matmul_tflop_s": round(ours["matmul_tflop_s"], 1),
+       "mfu_990": round(ours["useful_gflop_s"] / 990e3, 4), "peak_GiB": round(ours["peak_bytes"] / 2**30, 2), "moments": ours["moments"],
+       "gradients": ours["gradients"], "recompute": ours["recompute"], "recompute_more": ours["recompute_more"]}
+if best:
+    row |= {"torch_rollouts_s": best["rollouts_s"], "torch_mode": best["mode"], "torch_peak_GiB": best["peak_GiB"], "ratio": round(best["step_s"] / ours["step_s"], 3)}
+else:
+    row |= {"torch_error": [r.get("error") for r in torch]}
+if "profile" in ours:
+    p = ours["profile"]
+    row |= {"profile_ms": {x["phase"]: round(1e3 * x["s"], 3) for x in p["phases"]} | {"launch gaps": round(1e3 * p["gaps_s"], 3), "step": round(1e3 * p["step_s"], 3)},
+            "profile_residue": round(p["residue"], 5), "profile_overhead": round(p["overhead"], 4)}
+print(json.dumps(row))
 P
 }
-export -f server step
-export python
+export -f server ours baseline step
 
 case $what in
   check)
     section kernels-small 60 "$run/cuda.test" -test.run 'TestDevice' -kerneltest.budget 2e8 -test.v
-    section models 60 "$run/cuda.test" -test.run 'TestModels|TestMaster|TestCardNumber|TestTooMuch' -test.v
+    section models 60 "$run/cuda.test" -test.run 'TestModels|TestMaster|TestProfiledStep|TestCardNumber|TestTooMuch' -test.v
     section reopen 30 "$run/cuda.test" -test.run 'TestReopen' -test.v
     section compare-smollm2 110 "$python" bench/device_compare.py "$run/probe" cuda:0 "$run/smollm2" --steps 20
     section compare-0.5b 90 "$python" bench/device_compare.py "$run/probe" cuda:0 random-0.5b
@@ -88,16 +125,31 @@ case $what in
     section server 100 bash -c "server $run/demo"
     section kernels-large 200 "$run/cuda.test" -test.run 'TestDevice' -kerneltest.budget 1e11 -test.v
     ;;
+  # The first call: the load that matters, by kernel and by phase, beside PyTorch; then the other two loads.
   time)
-    section ceilings 60 "$python" bench/torch_baseline.py ceilings
-    section gemm 60 "$run/trainerd-cuda" bench gemm --device cuda:0
-    section step-0.5b-flat 120 bash -c 'step 0.5b flat'
-    section step-0.5b-secloop 120 bash -c 'step 0.5b secloop'
-    section step-0.5b-reason 140 bash -c 'step 0.5b reason eager'
-    section step-135m-secloop 90 bash -c 'step 135m secloop eager'
+    section ceilings 45 bash -c 'baseline ceilings'
+    section kernels-0.5b 100 bash -c 'ours kernels --shape 0.5b --load secloop'
+    section step-0.5b-secloop 190 bash -c 'step 0.5b secloop eager,compile --profile'
+    section step-0.5b-flat 130 bash -c 'step 0.5b flat compile --profile'
+    section step-0.5b-reason 150 bash -c 'step 0.5b reason compile --profile'
+    ;;
+  # The second: scoring, decoding, the fused head beside PyTorch's, other shapes, growth.
+  time2)
+    section score-0.5b 45 bash -c 'ours score --shape 0.5b --load secloop --floor'
+    section decode-0.5b 50 bash -c "ours decode --shape 0.5b --sequences 64 ${SHAPE:+--prompt 16 --new-tokens 4}"
+    section step-1.5b-secloop 160 bash -c 'step 1.5b secloop compile --profile'
+    section step-135m-secloop 120 bash -c 'step 135m secloop compile --profile'
+    [ -n "${SHAPE:-}" ] || section logprob-torch 90 bash -c 'baseline logprob'
+    section growth-0.5b 130 bash -c "ours growth --shape 0.5b --repeats 3 --plots $OUT ${SHAPE:+--prompt 16 --completion 4 --group-size 4}"
+    ;;
+  # The third: 7B full-parameter, and the kernels at larger sizes.
+  time3)
+    section step-7b-secloop 300 bash -c 'step 7b secloop eager --repeats 2 --moments compact --gradients bfloat16 --profile'
+    section kernels-1.5b 110 bash -c 'ours kernels --shape 1.5b --load secloop'
+    section kernels-7b 130 bash -c 'ours kernels --shape 7b --load secloop'
     ;;
   *)
-    echo "device.sh: $what, expected check or time" >&2
+    echo "device.sh: $what, expected check, time, time2 or time3" >&2
     exit 2
     ;;
 esac
