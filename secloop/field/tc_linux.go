@@ -12,8 +12,30 @@ import (
 	"trainerd/secloop/scenario"
 )
 
+// What a link of a field carries at most, in each direction: a flood of one
+// field must leave processor time to the others. Nothing that an episode does
+// comes near it (64 KiB at once, 1 MB/s of forged SYNs), so no verdict depends on it.
+const (
+	linkRate  = 25_000_000 // bytes per second
+	linkBurst = 256 << 10  // bytes
+	linkQueue = 1 << 20    // bytes that wait; what exceeds them is dropped
+)
+
+// bound limits what leaves by a link, see linkRate. On a link that is not up
+// yet the kernel need not wait for packets under way.
+func bound(h *netlink.Handle, link netlink.Link) error {
+	err := h.QdiscReplace(&netlink.Tbf{
+		QdiscAttrs: netlink.QdiscAttrs{LinkIndex: link.Attrs().Index, Handle: netlink.MakeHandle(boundMajor, 0), Parent: netlink.HANDLE_ROOT},
+		Rate:       linkRate, Buffer: netlink.Xmittime(linkRate, linkBurst), Limit: linkQueue,
+	})
+	if err != nil {
+		return fmt.Errorf("bound %s: %w", link.Attrs().Name, err)
+	}
+	return nil
+}
+
 // shaper is the traffic control of blue's link to the outside: an HTB root whose
-// direct queue, for whoever is not throttled, has no limit, and for each
+// default class, for whoever is not throttled, has the link's rate, and for each
 // throttled host two classes, of small packets and of others, with u32 filters on
 // the source address. All of it is made over netlink out of typed values, at the
 // first throttle, and goes with the namespace. The zero value has limited nothing.
@@ -24,9 +46,11 @@ type shaper struct {
 
 const outsideLink = "blue0"
 
-// Handles: the root is 1:, a host's classes are 1:1xx and 1:2xx, xx being the last byte of its address.
+// Handles: a link's bound is 2:; the root that replaces it is 1:, its default class 1:1, a host's classes are 1:1xx and 1:2xx, xx being the last byte of its address.
 const (
+	boundMajor  = 2
 	rootMajor   = 1
+	otherClass  = 1
 	bulkClass   = 0x100
 	smallClass  = 0x200
 	filterSmall = 1 // priorities: small packets are looked for first
@@ -51,8 +75,15 @@ func (s *shaper) begin() error {
 		return fmt.Errorf("set segments of %s: %w", outsideLink, err)
 	}
 	root := netlink.NewHtb(netlink.QdiscAttrs{LinkIndex: link.Attrs().Index, Handle: netlink.MakeHandle(rootMajor, 0), Parent: netlink.HANDLE_ROOT})
+	root.Defcls = otherClass
 	if err := s.h.QdiscReplace(root); err != nil {
 		return fmt.Errorf("add htb to %s: %w", outsideLink, err)
+	}
+	others := netlink.NewHtbClass(
+		netlink.ClassAttrs{LinkIndex: link.Attrs().Index, Handle: netlink.MakeHandle(rootMajor, otherClass), Parent: netlink.MakeHandle(rootMajor, 0)},
+		netlink.HtbClassAttrs{Rate: 8 * linkRate, Ceil: 8 * linkRate, Buffer: linkBurst, Cbuffer: linkBurst, Quantum: scenario.LargestFrame})
+	if err := s.h.ClassAdd(others); err != nil {
+		return fmt.Errorf("add default class to %s: %w", outsideLink, err)
 	}
 	link, err = s.h.LinkByName(outsideLink)
 	if err != nil {

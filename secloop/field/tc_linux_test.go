@@ -10,6 +10,7 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/google/go-cmp/cmp"
 	"github.com/vishvananda/netlink"
@@ -42,6 +43,19 @@ func alone(t *testing.T, test func(t *testing.T, h *netlink.Handle)) {
 		if err := h.LinkAdd(&netlink.Veth{LinkAttrs: attrs, PeerName: "red0"}); err != nil {
 			t.Errorf("add %s: %v", outsideLink, err)
 			return
+		}
+		for _, name := range []string{outsideLink, "red0"} {
+			link, err := h.LinkByName(name)
+			if err == nil {
+				err = bound(h, link)
+			}
+			if err == nil {
+				err = h.LinkSetUp(link)
+			}
+			if err != nil {
+				t.Errorf("make %s: %v", name, err)
+				return
+			}
 		}
 		test(t, h)
 	}()
@@ -81,7 +95,13 @@ func TestShaperReadsBack(t *testing.T) {
 				return
 			}
 			var rates []uint64
-			for _, class := range classes {
+			for id, class := range classes {
+				if id == netlink.MakeHandle(rootMajor, otherClass) {
+					if class.Rate != linkRate {
+						t.Errorf("the default class has %d bytes per second", class.Rate)
+					}
+					continue
+				}
 				rates = append(rates, class.Rate)
 				if burst := netlink.Xmitsize(class.Rate, class.Buffer); burst < scenario.UploadBurst-1 || burst > scenario.UploadBurst {
 					t.Errorf("%s to %d: a burst of %d bytes", c.host, c.rate, burst)
@@ -170,6 +190,56 @@ func TestShaperNotices(t *testing.T) {
 			}
 		}
 	})
+}
+
+// TestLinksAreBounded floods a link as fast as it goes: no more than the burst
+// and the rate's share of the time come through, before a throttle and after it.
+func TestLinksAreBounded(t *testing.T) {
+	const frames, size = 16 << 20 / scenario.LargestFrame, scenario.LargestFrame
+	alone(t, func(t *testing.T, h *netlink.Handle) {
+		flood := func(when string) {
+			link, err := h.LinkByName(outsideLink)
+			if err != nil {
+				t.Error(err)
+				return
+			}
+			fd, err := unix.Socket(unix.AF_PACKET, unix.SOCK_RAW|unix.SOCK_CLOEXEC, 0)
+			if err != nil {
+				t.Error(err)
+				return
+			}
+			defer unix.Close(fd)
+			frame := make([]byte, size)
+			copy(frame, "\xff\xff\xff\xff\xff\xff\x02\x00\x00\x00\x00\x01\x88\xb5") // an Ethernet type for experiments
+			before, start := came(t, h), time.Now()
+			for range frames {
+				unix.Sendto(fd, frame, 0, &unix.SockaddrLinklayer{Ifindex: link.Attrs().Index}) // what finds the queue full is lost
+			}
+			got := came(t, h) - before
+			most := linkBurst + scenario.LargestFrame + linkRate*time.Since(start).Seconds()
+			t.Logf("%s: %d of %d bytes in %s, at most %.0f", when, got, frames*size, time.Since(start), most)
+			if float64(got) > most || got < linkBurst/2 {
+				t.Errorf("%s: %d bytes, expected %d to %.0f", when, got, linkBurst/2, most)
+			}
+		}
+		flood("bound")
+		var s shaper
+		if err := s.limit(shapeOf("db1", 8000)); err != nil {
+			t.Error(err)
+			return
+		}
+		flood("others than the throttled host")
+	})
+}
+
+// came is how many bytes the other end of the link has received.
+func came(t *testing.T, h *netlink.Handle) uint64 {
+	link, err := h.LinkByName("red0")
+	if err != nil {
+		t.Error(err)
+		return 0
+	}
+	return link.Attrs().Statistics.RxBytes
 }
 
 // TestThrottledTransferFails steals volume from hosts throttled to every rate,

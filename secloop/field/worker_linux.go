@@ -250,6 +250,11 @@ func (g *ground) wire(bluePid, redPid int) error {
 				return fmt.Errorf("give %s to %s: %w", a, l.name, err)
 			}
 		}
+		if l.name != "lo" {
+			if err := bound(l.h, link); err != nil {
+				return err
+			}
+		}
 		if err := l.h.LinkSetUp(link); err != nil {
 			return fmt.Errorf("set %s up: %w", l.name, err)
 		}
