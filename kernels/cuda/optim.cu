@@ -104,14 +104,25 @@ TR_INLINE float round_bf16(float x, unsigned random) { return __uint_as_float((_
 
 const int kMomentBlock = 128;          // elements of a scale: 16 threads of 8
 const float kCodes = 127.0f * 127.0f;  // in which the squares of all codes are whole
-const float kMomentFloor = 7.8886091e-31f; // 2^-100: below it a block is zero
+const float kMomentFloor = 8.0779357e-28f; // 2^-90: below it a block is zero
 
-// A first moment as a code; inverse is kCodes over the block's scale.
+// What a code stands for in units of its block's scale.
+TR_INLINE float moment_value(int code) {
+	float root = static_cast<float>(code * code) * (1.0f / kCodes);
+	return code < 0 ? -root * root : root * root;
+}
+
+// A first moment as a code; inverse is kCodes² over the block's scale.
 TR_INLINE int moment_code(float x, float inverse, unsigned random) {
 	float t = fabsf(x * inverse);
-	int q = static_cast<int>(sqrtf(t));
-	if (q >= 127) q = 127;
-	else if (static_cast<float>(random >> 16) + 0.5f < (t - static_cast<float>(q * q)) / static_cast<float>(2 * q + 1) * 65536.0f) q++;
+	int q = static_cast<int>(sqrtf(sqrtf(t)));
+	if (q >= 127) {
+		q = 127;
+	} else {
+		int square = q * q;
+		float below = static_cast<float>(square) * static_cast<float>(square), gap = static_cast<float>((2 * square + 2 * q + 1) * (2 * q + 1)); // (q+1)⁴ - q⁴
+		if (static_cast<float>(random >> 16) + 0.5f < (t - below) / gap * 65536.0f) q++;
+	}
 	return x < 0.0f ? -q : q;
 }
 
@@ -147,11 +158,11 @@ TR_INLINE void adamw_compact(bf16 *p, short *rem, const G *g, signed char *m, fl
 				code[j] = j < left ? m[at + j] : 0;
 			}
 		}
-		float unit = left > 0 ? scale[at / kMomentBlock] / kCodes : 0.0f, peak = 0.0f;
+		float unit = left > 0 ? scale[at / kMomentBlock] : 0.0f, peak = 0.0f;
 #pragma unroll
 		for (int j = 0; j < 8; j++) {
 			random[j] = random_bits(first + at + j, key_a, key_b);
-			fresh[j] = static_cast<float>(code[j] * (code[j] < 0 ? -code[j] : code[j])) * unit;
+			fresh[j] = moment_value(code[j]) * unit;
 			int signed_low = static_cast<int>(low[j] << 16) >> 16;
 			float x = adam(c, __uint_as_float((high[j] << 16) + static_cast<unsigned>(signed_low)), gv[j], fresh[j], vv[j]);
 			unsigned bits = __float_as_uint(x);
@@ -163,7 +174,7 @@ TR_INLINE void adamw_compact(bf16 *p, short *rem, const G *g, signed char *m, fl
 #pragma unroll
 		for (int k = 8; k; k >>= 1) peak = fmaxf(peak, __shfl_xor_sync(kAllLanes, peak, k));
 		bool kept = peak >= kMomentFloor;
-		float inverse = kept ? kCodes / peak : 0.0f;
+		float inverse = kept ? kCodes * kCodes / peak : 0.0f;
 #pragma unroll
 		for (int j = 0; j < 8; j++) code[j] = kept ? moment_code(fresh[j], inverse, random[j]) : 0;
 		if (left > 0 && lane % 16 == 0) scale[at / kMomentBlock] = kept ? peak : 0.0f;

@@ -42,19 +42,18 @@ func refAdamW(p, g, m, v float64, x kernels.AdamW, coef float64) (p2, m2, v2 flo
 
 // refMoment is the value of a compact first moment.
 func refMoment(code int8, scale float64) float64 {
-	c := float64(code) / 127
-	return c * math.Abs(c) * scale
+	return math.Copysign(math.Pow(float64(code)/127, 4), float64(code)) * scale
 }
 
-// refCode rounds t = 127²·m/scale stochastically: of the squares on both sides of
+// refCode rounds t = 127⁴·m/scale stochastically: of the fourth powers on both sides of
 // |t| the greater is taken when the 16 random bits, as a fraction, are below the way to it.
 func refCode(t float64, random uint32) float64 {
 	a := math.Abs(t)
-	q := math.Floor(math.Sqrt(a))
+	q := math.Floor(math.Pow(a, 0.25))
 	if q >= 127 {
 		return math.Copysign(127, t)
 	}
-	if (float64(random)+0.5)/65536 < (a-q*q)/((q+1)*(q+1)-q*q) {
+	if below, above := math.Pow(q, 4), math.Pow(q+1, 4); (float64(random)+0.5)/65536 < (a-below)/(above-below) {
 		q++
 	}
 	return math.Copysign(q, t)

@@ -8,10 +8,17 @@ import (
 
 // momentFloor is below what a block's greatest first moment is stored as zero:
 // its scale has no finite inverse soon after.
-const momentFloor = 0x1p-100
+const momentFloor = 0x1p-90
 
 // codes is 127², in which the squares of all codes are whole numbers.
 const codes = 127 * 127
+
+// momentValue is what a code stands for in units of its block's scale.
+func momentValue(code int8) float32 {
+	c := int32(code)
+	root := float32(c*c) * (1.0 / codes)
+	return float32(math.Copysign(float64(root*root), float64(c)))
+}
 
 // AdamWCompact is AdamW on compact moments: see kernels.AdamW. All slices but
 // scale have the length of p; element 0 begins a block and has the given index.
@@ -22,13 +29,11 @@ func AdamWCompact(p, g []float32, m []int8, scale []float32, v []uint16, c *Adam
 		from := b * kernels.MomentBlock
 		n := min(kernels.MomentBlock, len(p)-from)
 		p, g, m, v := p[from:from+n], g[from:from+n], m[from:from+n], v[from:from+n]
-		unit := scale[b] / codes
-		peak := float32(0)
+		unit, peak := scale[b], float32(0)
 		for i := range p {
 			random[i] = key.Bits(first + int64(from+i))
 			grad := c.Grad * g[i]
-			code := int32(m[i])
-			first := c.Beta1*(float32(code*max(code, -code))*unit) + c.Alpha1*grad
+			first := c.Beta1*(momentValue(m[i])*unit) + c.Alpha1*grad
 			second := c.Beta2*math.Float32frombits(uint32(v[i])<<16) + c.Alpha2*grad*grad
 			p[i] = c.Decay*p[i] - c.StepSize*first/(float32(math.Sqrt(float64(second)))*c.InvBias2+c.Eps)
 			fresh[i] = first
@@ -41,24 +46,29 @@ func AdamWCompact(p, g []float32, m []int8, scale []float32, v []uint16, c *Adam
 			continue
 		}
 		scale[b] = peak
-		inverse := codes / peak
+		inverse := codes * codes / peak
 		for i := range m {
 			m[i] = momentCode(fresh[i], inverse, random[i])
 		}
 	}
 }
 
-// momentCode rounds a first moment to a code; inverse is codes over the block's scale.
+// momentCode rounds a first moment to a code; inverse is codes² over the block's scale.
 func momentCode(x, inverse float32, random uint32) int8 {
 	t := x * inverse
 	if t < 0 {
 		t = -t
 	}
-	q := int32(float32(math.Sqrt(float64(t)))) // q² <= t < (q+1)², but for the root's rounding
+	root := float32(math.Sqrt(float64(float32(math.Sqrt(float64(t))))))
+	q := int32(root) // q⁴ <= t < (q+1)⁴, but for the roots' rounding
 	if q >= 127 {
 		q = 127
-	} else if float32(random>>16)+0.5 < (t-float32(q*q))/float32(2*q+1)*65536 {
-		q++
+	} else {
+		square := q * q
+		below, gap := float32(square)*float32(square), float32((2*square+2*q+1)*(2*q+1)) // (q+1)⁴ - q⁴
+		if float32(random>>16)+0.5 < (t-below)/gap*65536 {
+			q++
+		}
 	}
 	if x < 0 {
 		return int8(-q)
