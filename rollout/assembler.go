@@ -59,6 +59,9 @@ type Assembler struct {
 	counters Counters
 }
 
+// usualGroup bounds the memory that a group's first row takes for the rows to come.
+const usualGroup = 16
+
 // digest names a thing in 16 bytes; equal by accident is out of reach.
 type digest [16]byte
 
@@ -152,6 +155,8 @@ func (a *Assembler) Add(seq uint64, b *Batch) (AddResult, error) {
 		e := a.live[r.GroupID]
 		if e == nil {
 			e = &entry{group: Group{ID: r.GroupID, Prompt: r.Prompt}, state: State{Status: Open}, first: at, opened: b.Received}
+			room := min(a.opts.GroupSize, len(b.Rollouts)-i, usualGroup)
+			e.group.Rollouts, e.names = make([]Rollout, 0, room), make([][]string, 0, room)
 			a.live[r.GroupID] = e
 			a.opened = append(a.opened, e)
 			a.depth.GroupsOpen++

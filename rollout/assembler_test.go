@@ -456,3 +456,51 @@ func TestClosedGroupsDoNotPileUp(t *testing.T) {
 		t.Fatal("a sequence number was used twice")
 	}
 }
+
+// TestFingerprintsAreTheSame: a batch whose rows were read beforehand is the same
+// to the assembler as one whose rows were not: duplicates are found and another
+// content under a known id is refused.
+func TestFingerprintsAreTheSame(t *testing.T) {
+	row := func(id string, token int32) Rollout {
+		return Rollout{GroupID: "g", ID: id, Prompt: []int32{1}, Completion: []int32{token, 3}, SamplerLogProbs: []float32{-1, -2}, LossMask: []bool{true, false}, Reward: 1}
+	}
+	for _, first := range []bool{false, true} {
+		for _, second := range []bool{false, true} {
+			a := NewAssembler(AssemblerOptions{GroupSize: 4, MaxPolicyLag: -1})
+			b := &Batch{Rollouts: []Rollout{row("x", 2), row("", 2), row("y", 2)}, HasReward: true}
+			again := &Batch{Rollouts: []Rollout{row("y", 2), row("z", 2)}, HasReward: true}
+			other := &Batch{Rollouts: []Rollout{row("x", 7)}, HasReward: true}
+			if first {
+				b.Fingerprint()
+			}
+			if second {
+				again.Fingerprint()
+				other.Fingerprint()
+			}
+			if _, err := a.Add(1, b); err != nil {
+				t.Fatal(err)
+			}
+			if f, _ := fault.As(a.Check(other)); f == nil || f.Code != "rollout_id_reused" {
+				t.Errorf("another content: %v", f)
+			}
+			if r, err := a.Add(2, again); err != nil || r.Rows != 1 || r.Duplicates != 1 || r.GroupsCompleted != 1 {
+				t.Errorf("%+v, %v", r, err)
+			}
+		}
+	}
+}
+
+// TestRowsAfterADuplicate: the row after one that is ignored counts in its own group.
+func TestRowsAfterADuplicate(t *testing.T) {
+	row := func(group, id string) Rollout {
+		return Rollout{GroupID: group, ID: id, Prompt: []int32{int32(len(group))}, Completion: []int32{1}}
+	}
+	a := NewAssembler(AssemblerOptions{GroupSize: 3, MaxPolicyLag: -1})
+	if _, err := a.Add(1, &Batch{Rollouts: []Rollout{row("gg", "x")}}); err != nil {
+		t.Fatal(err)
+	}
+	r, err := a.Add(2, &Batch{Rollouts: []Rollout{row("g", "a"), row("gg", "x"), row("gg", "y"), row("g", "b"), row("gg", "z"), row("gg", "x"), row("g", "c")}})
+	if err != nil || r.Rows != 5 || r.Duplicates != 2 || r.GroupsCompleted != 2 {
+		t.Errorf("%+v, %v", r, err)
+	}
+}

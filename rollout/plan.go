@@ -36,14 +36,16 @@ func (a *Assembler) plan(b *Batch) (*plan, error) {
 	p := &plan{batch: b, version: a.version, duplicate: make([]bool, len(b.Rollouts))}
 	own := map[digest]digest{}
 	claims := map[string]*claim{}
-	var content contentHash
+	prints := b.fingerprints()
+	var last *claim // of group lastID, in which the next row mostly is
+	lastID := ""
 	for i := range b.Rollouts {
 		r := &b.Rollouts[i]
 		if a.opts.RequirePolicyStep && r.PolicyStep == NoPolicyStep {
 			return nil, fault.BadRow("policy_step", i, "none", "the published step that sampled the row (this job requires it)")
 		}
 		if r.ID != "" {
-			id, sum := name(r.ID), content.of(b, r)
+			id, sum := prints[i].id, prints[i].content
 			before, known := own[id]
 			if !known {
 				before, known = a.seen.get(id)
@@ -59,7 +61,10 @@ func (a *Assembler) plan(b *Batch) (*plan, error) {
 			own[id] = sum
 			p.seen = append(p.seen, record[digest]{id, sum})
 		}
-		c := claims[r.GroupID]
+		c := last
+		if c == nil || r.GroupID != lastID {
+			c = claims[r.GroupID]
+		}
 		if c == nil {
 			c = &claim{prompt: r.Prompt, row: i}
 			if e := a.live[r.GroupID]; e != nil {
@@ -72,7 +77,8 @@ func (a *Assembler) plan(b *Batch) (*plan, error) {
 			}
 			claims[r.GroupID] = c
 		}
-		if !slices.Equal(c.prompt, r.Prompt) {
+		last, lastID = c, r.GroupID
+		if !samePrompt(c.prompt, r.Prompt) {
 			expected := fmt.Sprintf("the prompt of group %q as in row %d", r.GroupID, c.row)
 			if c.row < 0 {
 				expected = fmt.Sprintf("the prompt of group %q as in an earlier batch", r.GroupID)
@@ -87,6 +93,42 @@ func (a *Assembler) plan(b *Batch) (*plan, error) {
 	}
 	a.planned = p
 	return p, nil
+}
+
+// samePrompt compares prompts, which rows of a batch share.
+func samePrompt(x, y []int32) bool {
+	if len(x) == len(y) && len(x) > 0 && &x[0] == &y[0] {
+		return true
+	}
+	return slices.Equal(x, y)
+}
+
+// fingerprint names a row and what is in it.
+type fingerprint struct{ id, content digest }
+
+// Fingerprint reads all rows that have an id and remembers their fingerprints, so
+// that Check and Add, whose callers hold a lock, need not. Afterwards the rows
+// must not change.
+func (b *Batch) Fingerprint() { b.prints = b.fingerprints() }
+
+// fingerprints are by row, nil when no row has an id.
+func (b *Batch) fingerprints() []fingerprint {
+	if b.prints != nil {
+		return b.prints
+	}
+	var prints []fingerprint
+	var content contentHash
+	for i := range b.Rollouts {
+		r := &b.Rollouts[i]
+		if r.ID == "" {
+			continue
+		}
+		if prints == nil {
+			prints = make([]fingerprint, len(b.Rollouts))
+		}
+		prints[i] = fingerprint{name(r.ID), content.of(b, r)}
+	}
+	return prints
 }
 
 // describePrompt says how a prompt differs from what was expected.
@@ -117,8 +159,10 @@ func (c *contentHash) of(b *Batch, r *Rollout) digest {
 	}
 	tokens := func(v []int32) {
 		out = binary.LittleEndian.AppendUint32(out, uint32(len(v)))
-		for _, t := range v {
-			out = binary.LittleEndian.AppendUint32(out, uint32(t))
+		at := len(out)
+		out = slices.Grow(out, 4*len(v))[:at+4*len(v)]
+		for i, t := range v {
+			binary.LittleEndian.PutUint32(out[at+4*i:], uint32(t))
 		}
 	}
 	text(r.GroupID)

@@ -37,6 +37,8 @@ type Batch struct {
 	// Received starts the group timeout of the groups that the batch opens. The
 	// zero time means unknown: their clock starts at the next Assembler.Expire.
 	Received time.Time
+
+	prints []fingerprint // see Fingerprint
 }
 
 // Limits bound a batch before anything is allocated for it.

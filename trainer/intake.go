@@ -142,7 +142,10 @@ func (j *Job) decodeBatch(ctx context.Context, body []byte, s rollout.Schema, l 
 		return nil, ctx.Err()
 	}
 	defer func() { <-j.m.decode }()
-	return arrowio.DecodeBytes(body, s, l)
+	if b, err = arrowio.DecodeBytes(body, s, l); err == nil {
+		b.Fingerprint() // here, and not under the lock that a step's start needs
+	}
+	return b, err
 }
 
 // check says whether a decoded batch may enter the queue now, after others that
