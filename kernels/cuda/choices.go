@@ -94,14 +94,48 @@ func newChoices(o Options, model string, v versions) *choices {
 	if s.log == nil {
 		s.log = slog.Default()
 	}
-	if s.timed && s.file != "" {
-		var err error
-		if s.classes, err = loadChoices(s.file, s.here); err != nil {
-			s.log.Warn("algorithms of matrix products are chosen anew", "file", s.file, "err", err)
-			s.classes = map[class]choice{}
-		}
+	if s.timed {
+		s.join()
 	}
 	return s
+}
+
+// join takes what the file holds of this machine and is not known yet: another
+// process may have written it a moment ago.
+func (s *choices) join() {
+	if s.file == "" {
+		return
+	}
+	found, err := loadChoices(s.file, s.here)
+	if err != nil {
+		s.log.Warn("algorithms of matrix products are chosen anew", "file", s.file, "err", err)
+		return
+	}
+	for k, c := range found {
+		if _, known := s.classes[k]; !known {
+			s.classes[k] = c
+		}
+	}
+}
+
+// known returns the choice of a class, from the file where this process has made none.
+func (s *choices) known(k class) (choice, bool) {
+	if _, ok := s.classes[k]; !ok {
+		s.join()
+	}
+	c, ok := s.classes[k]
+	return c, ok
+}
+
+// settle records what was timed and returns what counts: the choice that another
+// process has recorded meanwhile, or this one.
+func (s *choices) settle(k class, timed choice) choice {
+	if c, ok := s.known(k); ok {
+		return c
+	}
+	s.classes[k] = timed
+	s.save()
+	return timed
 }
 
 // refuse notes that the library does not compute a shape; the log hears of each kind once.
@@ -154,13 +188,12 @@ func (d *Device) gemm(c driver, x matrices) error {
 // choose decides how a shape is computed that was not met before; ran says that it was computed on the way.
 func (d *Device) choose(c driver, p product, s shape) (_ choice, ran bool, err error) {
 	if d.choices.timed {
-		chosen, known := d.choices.classes[s.class()]
+		chosen, known := d.choices.known(s.class())
 		if !known {
 			if chosen, err = d.fastest(c, p); err != nil {
 				return choice{}, false, err
 			}
-			d.choices.classes[s.class()] = chosen
-			d.choices.save()
+			chosen = d.choices.settle(s.class(), chosen)
 		}
 		if chosen.own {
 			return chosen, false, nil

@@ -201,6 +201,29 @@ func TestChoicesFile(t *testing.T) {
 	}
 }
 
+// TestTwoProcessesChooseAlike: what one of them has recorded counts for the other,
+// and neither writes the other's choices away.
+func TestTwoProcessesChooseAlike(t *testing.T) {
+	o := Options{Timed: true, Choices: filepath.Join(t.TempDir(), "choices.json")}
+	a, la := newLaboratory(t, o, 5, 3)
+	b, lb := newLaboratory(t, o, 3, 5) // where the other algorithm is faster
+	if got := la.tokens(t, a, 64, false); got != 2 {
+		t.Fatalf("the first takes %d", got)
+	}
+	if got := lb.tokens(t, b, 64, false); got != 2 || lb.trials != 0 {
+		t.Errorf("the second takes %d after %d trials, expected what the first recorded", got, lb.trials)
+	}
+	if got := lb.tokens(t, b, 1000, false); got != 1 {
+		t.Errorf("the second takes %d for another class, expected its fastest", got)
+	}
+	if got := la.tokens(t, a, 1000, false); got != 1 {
+		t.Errorf("the first takes %d, expected what the second recorded", got)
+	}
+	if all, err := readMachines(o.Choices); err != nil || len(all) != 1 || len(all[0].Products) != 2 {
+		t.Errorf("the file holds %+v, %v", all, err)
+	}
+}
+
 // FuzzChoices: no file makes the reader panic, and what it accepts it writes back alike.
 func FuzzChoices(f *testing.F) {
 	machines := `[{"card":"A","driver":13000,"cublaslt":130100,"products":[{"m":1,"n":2,"k":3,"algorithm":"own","us":1}]}]`
