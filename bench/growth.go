@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"math"
 	"slices"
+	"syscall"
 
 	"trainerd/internal/plot"
 	"trainerd/kernels"
@@ -25,6 +26,7 @@ type GrowthResult struct {
 	Tokens       int     `json:"tokens"`          // computed: each prompt once
 	Repeated     int     `json:"repeated_tokens"` // with the prompt before every completion
 	StepSeconds  float64 `json:"step_s"`          // median
+	Processor    float64 `json:"processor_s"`     // of this process in a step, all cores together; median
 	RolloutsS    float64 `json:"rollouts_s"`
 	UsefulGFLOP  float64 `json:"useful_gflop_s"`
 	StateBytes   int64   `json:"state_bytes"`   // weights, gradients, moments
@@ -82,7 +84,16 @@ func Growth(ctx context.Context, dev kernels.Device, o GrowthOptions, emit func(
 			if err != nil {
 				return fmt.Errorf("%s %d: %w", axis, *at, err)
 			}
-			r.StepSeconds, err = medianSeconds(o.Repeats, func() error { return t.step(ctx) })
+			var processor []float64
+			r.StepSeconds, err = medianSeconds(o.Repeats, func() error {
+				before := processorSeconds()
+				err := t.step(ctx)
+				processor = append(processor, processorSeconds()-before)
+				return err
+			})
+			if err == nil {
+				r.Processor = median(processor[1:])
+			}
 			r.Tokens, r.Repeated = l.Tokens(), l.Rollouts()*(r.Prompt+r.Completion)
 			r.RolloutsS, r.UsefulGFLOP = float64(l.Rollouts())/r.StepSeconds, UsefulFLOPs(cfg, l)/r.StepSeconds/1e9
 			r.ScratchBytes = t.m.ScratchPeak()
@@ -115,14 +126,29 @@ func (r *GrowthResult) point() *int {
 	return &r.Prompt
 }
 
-// GrowthPlot draws an axis: everything as a multiple of what it is at the first point.
+// processorSeconds is what this process has used so far. On a machine that is
+// busy with other work it says more about a step on the CPU than the clock does.
+func processorSeconds() float64 {
+	var u syscall.Rusage
+	if err := syscall.Getrusage(syscall.RUSAGE_SELF, &u); err != nil {
+		return 0 // it cannot fail for this process
+	}
+	return float64(u.Utime.Sec+u.Stime.Sec) + float64(u.Utime.Usec+u.Stime.Usec)/1e6
+}
+
+// GrowthPlot draws an axis: everything as a multiple of what it is at the first
+// point. The time is the processors' on the CPU, the clock's on a card.
 func GrowthPlot(axis string, results []GrowthResult) []byte {
 	results = slices.DeleteFunc(slices.Clone(results), func(r GrowthResult) bool { return r.Axis != axis })
-	lines := []plot.Line{{Name: "time of a step"}, {Name: "scratch memory"}, {Name: "tokens, each prompt once"}, {Name: "tokens, a prompt for every completion"}}
+	took, name := func(r GrowthResult) float64 { return r.StepSeconds }, "time of a step"
+	if len(results) > 0 && results[0].Device == "cpu" {
+		took, name = func(r GrowthResult) float64 { return r.Processor }, "processor time of a step"
+	}
+	lines := []plot.Line{{Name: name}, {Name: "scratch memory"}, {Name: "tokens, each prompt once"}, {Name: "tokens, a prompt for every completion"}}
 	most := 1.0
 	for i := range results {
 		r, first := &results[i], &results[0]
-		for k, y := range []float64{r.StepSeconds / first.StepSeconds, float64(r.ScratchBytes) / float64(first.ScratchBytes),
+		for k, y := range []float64{took(*r) / took(*first), float64(r.ScratchBytes) / float64(first.ScratchBytes),
 			float64(r.Tokens) / float64(first.Tokens), float64(r.Repeated) / float64(first.Repeated)} {
 			lines[k].X, lines[k].Y = append(lines[k].X, float64(*r.point())), append(lines[k].Y, y)
 			most = max(most, y)

@@ -17,7 +17,7 @@ func TestGrowth(t *testing.T) {
 		t.Fatalf("%d points", len(all))
 	}
 	for i, r := range all {
-		if r.StepSeconds <= 0 || r.StateBytes != all[0].StateBytes || r.Layers != 1 || r.Tokens != r.Groups*(r.Prompt+r.GroupSize*r.Completion) {
+		if r.StepSeconds <= 0 || r.Processor < 0 || r.StateBytes != all[0].StateBytes || r.Layers != 1 || r.Tokens != r.Groups*(r.Prompt+r.GroupSize*r.Completion) {
 			t.Errorf("%+v", r)
 		}
 		if i%len(axisFactors) > 0 && (r.Tokens <= all[i-1].Tokens || r.ScratchBytes <= all[i-1].ScratchBytes || *r.point() != 2**all[i-1].point()) {

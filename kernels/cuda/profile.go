@@ -78,7 +78,7 @@ func (d *Device) StartProfile(each bool) {
 // StopProfile implements kernels.Profiler.
 func (d *Device) StopProfile() (kernels.Profile, error) {
 	var out kernels.Profile
-	err := d.q.call(command{label: of("profile", ""), run: func(driver) error {
+	err := d.q.call(command{label: of("profile", ""), always: true, run: func(driver) error {
 		p := d.q.profile
 		d.q.profile = nil
 		if p == nil {

@@ -91,6 +91,18 @@ func TestProfile(t *testing.T) {
 	if err := d.Sync(); err != nil {
 		t.Errorf("the error was not taken: %v", err)
 	}
+	c.fail["cast_f32_bf16"] = errors.New("out of luck")
+	d.StartProfile(true)
+	d.Copy(x, f)
+	if _, err := d.StopProfile(); err == nil || !strings.Contains(err.Error(), "out of luck") {
+		t.Errorf("a profile of an operation that fails: %v", err)
+	}
+	delete(c.fail, "cast_f32_bf16")
+	before = len(c.at)
+	d.Copy(x, f)
+	if err := d.Sync(); err != nil || len(c.at) != before {
+		t.Errorf("after a profile that failed: %v, and %d stamps", err, len(c.at)-before)
+	}
 	c.stuck = errors.New("no more events")
 	d.StartProfile(true)
 	if _, err := d.StopProfile(); err == nil || !strings.Contains(err.Error(), "no more events") {
