@@ -347,13 +347,15 @@ func (b *Blue) call(ctx context.Context, h scenario.Host, at netip.AddrPort) (ne
 	return b.stand.Dial(ctx, h.Addr, at)
 }
 
-// uploads are what an implant sends on request, 64 KiB each: a list of what there is, and what there is.
+const uploadSize = 128 << 10
+
+// uploads are what an implant sends on request, 128 KiB each: a list of what there is, and what there is.
 var uploads = map[string]string{
-	"index": strings.Repeat("file/0042.csv  14 KiB  01-03-25\n", 65536/32),
-	"bulk":  strings.Repeat("record of blue \n", 65536/16),
+	"index": strings.Repeat("file/0042.csv  14 KiB  01-03-25\n", uploadSize/32),
+	"bulk":  strings.Repeat("record of blue \n", uploadSize/16),
 }
 
-// implant says hello, then does what it is told: run a command or send 64 KiB.
+// implant says hello, then does what it is told: run a command or send 128 KiB.
 func (b *Blue) implant(c net.Conn, h scenario.Host) {
 	greeting := "hello\n"
 	if b.ep.Job {

@@ -70,7 +70,7 @@ func TestTwins(t *testing.T) {
 		strategies := append(ep.Remedies(),
 			call("block_ip", "ip", "198.18.0.5"), call("block_ip", "ip", a.Source), call("isolate_host", "host", a.Target),
 			call("rate_limit", "host", a.Target, "per_hour", "2"), call("patch_service", "host", "dns1"),
-			call("throttle_upload", "host", a.Target, "kbit", "4"),
+			call("throttle_upload", "host", a.Target, "kbit", "8"),
 			append(call("harden_kernel", "host", a.Target), call("filter_egress", "host", a.Target)...))
 		for _, s := range strategies {
 			t.Run(sc.Name+"/"+s[0].Tool, func(t *testing.T) {

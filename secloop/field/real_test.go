@@ -36,7 +36,7 @@ func TestRealServices(t *testing.T) {
 			t.Fatal(err)
 		}
 		for _, s := range append(ep.Remedies(), call("block_ip", "ip", "198.18.0.5"), call("redis_require_auth", "host", a.Target), call("secure_sshd", "host", a.Target), call("rotate_credentials", "host", a.Target),
-			call("isolate_host", "host", a.Target), call("shutdown_service", "host", a.Target), call("throttle_upload", "host", a.Target, "kbit", "4")) {
+			call("isolate_host", "host", a.Target), call("shutdown_service", "host", a.Target), call("throttle_upload", "host", a.Target, "kbit", "8")) {
 			want, err := sim.Field{}.Play(context.Background(), a, s)
 			if err != nil {
 				t.Fatal(err)

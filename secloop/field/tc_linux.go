@@ -14,7 +14,7 @@ import (
 
 // What a link of a field carries at most, in each direction: a flood of one
 // field must leave processor time to the others. Nothing that an episode does
-// comes near it (64 KiB at once, 1 MB/s of forged SYNs), so no verdict depends on it.
+// comes near it (128 KiB at once, 1 MB/s of forged SYNs), so no verdict depends on it.
 const (
 	linkRate  = 25_000_000 // bytes per second
 	linkBurst = 256 << 10  // bytes

@@ -24,28 +24,29 @@ type Shape struct {
 //	2 · (burst + packet + rate/8 · t)
 //
 // bytes: 2 queues, and a packet may leave as long as anything of the burst is
-// left. With the fastest rate of throttle_upload, 16 kbit/s:
+// left. With the fastest rate of throttle_upload, 32 kbit/s:
 //
 //   - A stage that does not transfer volume makes a host send less than the
-//     bursts, so nothing that it waits for is delayed.
+//     bursts, so nothing that it waits for is delayed. (The most is 12 KB, by a real
+//     sshd that is guessed at six times.)
 //   - Who waits for volume gives up after Patience in which less than the stage's
-//     "least" came. Of a throttled transfer at most 2 · (8192 + 1514 + 2000) =
-//     23412 bytes come in the first second, and 24576 are wanted: it is given up
+//     "least" came. Of a throttled transfer at most 2 · (16384 + 1514 + 4000) =
+//     43796 bytes come in the first second, and 49152 are wanted: it is given up
 //     after that second. A transfer of full packets, which is what red's is, uses one
-//     queue: 11706 bytes; a second would have to last 7 to bring 24576.
-//   - Nobody waits longer than MostPatience: 2 · (8192 + 1514 + 20000) = 59412
-//     bytes, which is less than the 65536 that such a stage asks for. However far
-//     Patience is stretched, a throttled transfer does not succeed.
+//     queue: 21898 bytes; a second would have to last 7.8 to bring 49152.
+//   - Nobody waits longer than MostPatience: 2 · (16384 + 1514 + 40000) = 115796
+//     bytes, by one queue 57898, which is less than the 131072 that such a stage
+//     asks for. However far Patience is stretched, a throttled transfer does not succeed.
 //
 // A transfer that is not throttled takes milliseconds. It fails only when
-// 24576 bytes do not come within Patience, which stretches with the load: it is
+// 49152 bytes do not come within Patience, which stretches with the load: it is
 // counted in ticks, and a tick whose end is noticed late begins the next one
 // late. The sender thus has ten turns of the processor for each of the
 // receiver's, and at least a second.
 //
 // TestThrottleLeavesAMargin does these sums over catalogue and tools.
 const (
-	UploadBurst  = 8 << 10
+	UploadBurst  = 16 << 10
 	SmallPacket  = 256  // bytes with the IP header; a power of 2, so that a mask tells
 	LargestFrame = 1514 // bytes of a packet with its Ethernet header
 	PatienceTick = 100 * time.Millisecond

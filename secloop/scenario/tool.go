@@ -190,7 +190,7 @@ var tools = []Tool{
 	{Name: "secure_sshd", Doc: "keys only, no passwords", Params: []Param{hostParam}, effects: only(Shell, KeysOnly)},
 	{Name: "shutdown_service", Doc: "stop the host's services", Params: []Param{hostParam}, Harmful: true, effects: always(ServiceStopped)},
 	{Name: "sinkhole_dns", Doc: "answer a host's lookups of names outside with a dead address", Params: []Param{hostParam}, effects: always(LookupsSunk)},
-	{Name: "throttle_upload", Doc: "cap what a host sends to the outside", Params: []Param{hostParam, {Name: "kbit", Doc: "kilobits per second", Enum: []string{"4", "8", "16"}}},
+	{Name: "throttle_upload", Doc: "cap what a host sends to the outside", Params: []Param{hostParam, {Name: "kbit", Doc: "kilobits per second", Enum: []string{"8", "16", "32"}}},
 		effects: func(h Host, p map[string]string) ([]Effect, error) {
 			n, _ := strconv.Atoi(p["kbit"])
 			return []Effect{{Shape: &Shape{Src: h.Addr, Rate: 1000 * n, Burst: UploadBurst}}}, nil

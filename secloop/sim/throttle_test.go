@@ -66,7 +66,7 @@ func TestThrottleStopsVolumeOnly(t *testing.T) {
 func TestThrottleIsOfOneHost(t *testing.T) {
 	a := alert(t, "exfiltration", 0)
 	for _, h := range scenario.HostNames() {
-		out := play(t, a, secloop.Strategy{throttle(h, "4")})
+		out := play(t, a, secloop.Strategy{throttle(h, "8")})
 		if stopped := out.Feedback.Attacked == 0; stopped != (h == a.Target) || !slices.Equal(throttled(out), map[bool][]string{true: {h}}[stopped]) {
 			t.Errorf("%s with %s throttled: %+v, throttled %v", a.Key(), h, out.Feedback, throttled(out))
 		}
