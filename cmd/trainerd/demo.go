@@ -39,6 +39,7 @@ type demo struct {
 	evalPrompts         int
 	evalEvery           int
 	lr                  float64
+	moments, gradients  string
 	device              string
 	smollm2             string
 
@@ -91,6 +92,8 @@ func newDemo() *cobra.Command {
 	f.IntVar(&d.warmSteps, "warm-steps", 220, "cross_entropy steps of the warm start")
 	f.IntVar(&d.warmRows, "warm-rows", 64, "demonstrations per warm-start step")
 	f.Float64Var(&d.lr, "lr", 1.5e-4, "learning rate of SA-GRPO")
+	f.StringVar(&d.moments, "moments", "float32", "optimizer.moments of the jobs: float32 or compact")
+	f.StringVar(&d.gradients, "gradients", "float32", "optimizer.gradients of the jobs: float32 or bfloat16")
 	f.IntVar(&d.steps, "steps", 60, "SA-GRPO steps; with --smollm2 4 unless given")
 	f.IntVar(&d.groups, "groups", 24, "alerts per step")
 	f.IntVar(&d.size, "group-size", 7, "strategies per alert (G)")
@@ -208,8 +211,9 @@ type warmStart struct {
 func (w warmStart) run(ctx context.Context, d *demo, source string) (string, error) {
 	job, err := d.client.CreateJob(ctx, map[string]any{
 		"version": 1, "name": "warm-start", "model": map[string]any{"source": source},
-		"objective":  map[string]any{"name": "cross_entropy", "group_size": 1},
-		"optimizer":  map[string]any{"lr": w.lr, "betas": []float64{0.9, 0.98}, "schedule": map[string]any{"name": "cosine", "warmup_steps": w.steps / 20, "min_ratio": 0.1}},
+		"objective": map[string]any{"name": "cross_entropy", "group_size": 1},
+		"optimizer": map[string]any{"lr": w.lr, "betas": []float64{0.9, 0.98}, "schedule": map[string]any{"name": "cosine", "warmup_steps": w.steps / 20, "min_ratio": 0.1},
+			"moments": d.moments, "gradients": d.gradients},
 		"batch":      map[string]any{"groups_per_step": w.rows, "max_tokens_per_micro_batch": w.microBatch, "max_policy_lag": w.steps},
 		"checkpoint": map[string]any{"publish_every_steps": w.steps},
 		"max_steps":  w.steps, "seed": d.seed,
@@ -254,7 +258,7 @@ func (d *demo) createLoop(ctx context.Context, source string) (string, error) {
 		"version": 1, "name": "secloop", "model": map[string]any{"source": source},
 		"objective": map[string]any{"name": "sa_grpo", "group_size": d.size,
 			"reward_weights": map[string]float64{"format": 1, "execution": 1, "evaluation": 1, "penalty": -1}},
-		"optimizer":  map[string]any{"lr": d.lr, "betas": []float64{0.9, 0.95}, "max_grad_norm": 1.0},
+		"optimizer":  map[string]any{"lr": d.lr, "betas": []float64{0.9, 0.95}, "max_grad_norm": 1.0, "moments": d.moments, "gradients": d.gradients},
 		"batch":      map[string]any{"groups_per_step": d.groups, "max_tokens_per_micro_batch": 16384, "max_policy_lag": 1},
 		"checkpoint": map[string]any{"publish_every_steps": 1},
 		"max_steps":  d.steps, "seed": d.seed,
