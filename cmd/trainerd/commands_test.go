@@ -204,6 +204,13 @@ func TestDestinationsAndFlagsAreRefused(t *testing.T) {
 		{[]string{"bench", "step", "--device", "tpu"}, "tpu"},
 		{[]string{"bench", "step", "--device", "cuda:0", "--workers", "2"}, "workers"},
 		{[]string{"bench", "step", "--device", "cpu", "--shape", "9t"}, "9t"},
+		{[]string{"bench", "step", "--device", "cpu", "--shape", "smoke", "--load", "smoke", "--moments", "thin"}, "thin"},
+		{[]string{"bench", "step", "--device", "cpu", "--shape", "smoke", "--load", "smoke", "--recompute", "some"}, "some"},
+		{[]string{"bench", "score", "--device", "cpu", "--load", "heavy"}, "heavy"},
+		{[]string{"bench", "decode", "--device", "cpu", "--sequences", "9"}, "9 sequences"},
+		{[]string{"bench", "growth", "--device", "cpu", "--group-size", "3"}, "group size 3"},
+		{[]string{"bench", "kernels", "--device", "cpu", "--only", "magic"}, "magic"},
+		{[]string{"bench", "kernels", "--device", "cpu", "--max-tokens", "100"}, "max-tokens"},
 		{[]string{"bench", "checkpoint", "--device", "cpu", "--shape", "9t"}, "9t"},
 		{[]string{"bench", "ingest", "--batch", "30", "--group-size", "8"}, "batch"},
 		{[]string{"serve", "--no-such-flag"}, "no-such-flag"},
@@ -233,7 +240,7 @@ func TestDestinationsAndFlagsAreRefused(t *testing.T) {
 // TestHelp runs --help of every command: each says what it does and what each flag is for.
 func TestHelp(t *testing.T) {
 	root := newRoot()
-	for _, path := range []string{"", "serve", "import", "init", "inspect", "pull", "demo", "bench", "bench step", "bench gemm", "bench checkpoint", "bench ingest"} {
+	for _, path := range []string{"", "serve", "import", "init", "inspect", "pull", "demo", "bench", "bench step", "bench gemm", "bench checkpoint", "bench ingest", "bench kernels", "bench score", "bench decode", "bench growth"} {
 		args := append(strings.Fields(path), "--help")
 		out, _, err := command(t, args...)
 		c, _, ferr := root.Find(strings.Fields(path))
