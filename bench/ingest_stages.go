@@ -121,10 +121,21 @@ func ingestStages(ctx context.Context, o IngestOptions, body bodyTemplate) ([]In
 	if err != nil {
 		return nil, err
 	}
-	if err := run("prepare a step", true, nil, func(i int) error { _, err := engine.Consume(ctx, groups, int64(i)); return err }); err != nil {
+	if err := run("prepare a step", true, nil, func(i int) error {
+		c, err := engine.Consume(ctx, groups, int64(i))
+		if err == nil {
+			c.Release()
+		}
+		return err
+	}); err != nil {
 		return nil, err
 	}
-	if err := run("of which pack", false, nil, func(int) error { _, err := rollout.Pack(groups, ingestMaxTokens); return err }); err != nil {
+	var mem []int32
+	pack := func(int) (err error) {
+		_, mem, err = rollout.PackIn(mem, groups, ingestMaxTokens)
+		return err
+	}
+	if err := run("of which pack", false, nil, pack); err != nil {
 		return nil, err
 	}
 	return out, nil

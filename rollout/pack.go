@@ -50,27 +50,53 @@ type piece struct {
 	work     int64 // in attended pairs
 }
 
+// ints is how many int32 a piece takes in a Packed: tokens with their positions,
+// predictions with their targets.
+func (p *piece) ints(groups []Group) int {
+	n := p.tokens
+	for _, r := range p.rollouts {
+		n += len(groups[p.group].Rollouts[r].Completion)
+	}
+	return 2 * n
+}
+
 // Pack cuts groups into micro-batches of at most maxTokens tokens, balanced by
 // work. A group larger than maxTokens is split between completions, its prompt
 // repeated in each part; a single prompt and completion over maxTokens is an
 // Invalid fault that names the group. Pack is a pure function of its arguments.
 func Pack(groups []Group, maxTokens int) ([]Packed, error) {
+	out, _, err := PackIn(nil, groups, maxTokens)
+	return out, err
+}
+
+// PackIn is Pack in the memory of mem, as far as that goes. It returns the memory
+// that the micro-batches lie in, for another call once nobody looks at them.
+func PackIn(mem []int32, groups []Group, maxTokens int) (out []Packed, used []int32, err error) {
 	if maxTokens < 1 || maxTokens > math.MaxInt32 {
-		return nil, fault.BadField("max_tokens_per_micro_batch", maxTokens, "1..2147483647")
+		return nil, nil, fault.BadField("max_tokens_per_micro_batch", maxTokens, "1..2147483647")
 	}
 	var pieces []piece
 	for g := range groups {
 		if err := packable(&groups[g], maxTokens); err != nil {
-			return nil, err
+			return nil, nil, err
 		}
 		pieces = append(pieces, split(groups, g, maxTokens)...)
 	}
 	bins := assign(pieces, maxTokens)
-	out := make([]Packed, len(bins))
-	for i, bin := range bins {
-		out[i] = lay(groups, pieces, bin)
+	need := 0
+	for i := range pieces {
+		need += pieces[i].ints(groups)
 	}
-	return out, nil
+	if cap(mem) < need {
+		mem = make([]int32, need)
+	}
+	used = mem[:need]
+	free := used
+	out = make([]Packed, len(bins))
+	for i, bin := range bins {
+		out[i], free = lay(groups, pieces, bin, free)
+	}
+	return out, used, nil
 }
 
 // packable says whether each completion of a group fits beside its prompt.
@@ -207,8 +233,9 @@ func assign(pieces []piece, maxTokens int) [][]int {
 	return bins
 }
 
-// lay writes the pieces of one bin as a row of tokens.
-func lay(groups []Group, pieces []piece, bin []int) Packed {
+// lay writes the pieces of one bin as a row of tokens, at the beginning of free,
+// and returns the rest of it.
+func lay(groups []Group, pieces []piece, bin []int, free []int32) (Packed, []int32) {
 	var T, N, S, R int
 	for _, i := range bin {
 		T += pieces[i].tokens
@@ -218,10 +245,8 @@ func lay(groups []Group, pieces []piece, bin []int) Packed {
 			N += len(groups[pieces[i].group].Rollouts[r].Completion)
 		}
 	}
-	// One allocation: the four live and die together.
-	back := make([]int32, 2*T+2*N)
 	part := func(n int) (out []int32) {
-		out, back = back[:n:n], back[n:]
+		out, free = free[:n:n], free[n:]
 		return out
 	}
 	p := Packed{
@@ -256,7 +281,7 @@ func lay(groups []Group, pieces []piece, bin []int) Packed {
 			}
 		}
 	}
-	return p
+	return p, free
 }
 
 // count writes from, from+1, from+2, ...

@@ -267,3 +267,48 @@ func TestPackRefuses(t *testing.T) {
 		})
 	}
 }
+
+// TestPackInUsedMemory packs into memory of earlier packings: the same comes out
+// as in fresh memory, and two micro-batches never share a place.
+func TestPackInUsedMemory(t *testing.T) {
+	r := seeded(t)
+	var mem []int32
+	reused := 0
+	for range 200 {
+		groups, maxTokens := randomGroups(r, 20, 20), 40+r.IntN(200)
+		want, err := Pack(groups, maxTokens)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for i := range mem {
+			mem[i] = -7 // what an earlier packing left
+		}
+		had := cap(mem)
+		got, used, err := PackIn(mem, groups, maxTokens)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if diff := cmp.Diff(want, got); diff != "" {
+			t.Fatal(diff)
+		}
+		ints := 0
+		for i := range got {
+			ints += 2*len(got[i].Tokens) + 2*len(got[i].Rows)
+		}
+		if ints != len(used) {
+			t.Fatalf("%d numbers in a memory of %d", ints, len(used))
+		}
+		if had >= ints {
+			reused++
+			if ints > 0 && &used[0] != &mem[:1][0] {
+				t.Fatalf("memory for %d was left, and %d needed", had, ints)
+			}
+		}
+		if cap(used) > cap(mem) {
+			mem = used
+		}
+	}
+	if reused < 100 {
+		t.Errorf("memory was used again %d times of 200", reused)
+	}
+}

@@ -35,6 +35,14 @@ type Engine struct {
 	memory     func() int64     // bytes the model holds on its device
 	now        func() time.Time // for timings only
 	counted    []int32          // 0, 1, 2, ...; see ordinals
+	spare      memory           // of a consumption that was released
+}
+
+// memory is what a consumption's micro-batches lie in: some 14 bytes a token,
+// which would otherwise be fresh for each step.
+type memory struct {
+	tokens  []int32
+	weights []float32
 }
 
 // NewEngine checks the settings against the model. The model must have been
@@ -90,6 +98,16 @@ type Consumption struct {
 	micros []micro
 	fixed  Metrics // what the groups alone determine
 	spent  time.Duration
+	mem    memory
+}
+
+// Release gives the consumption's memory to the next one. It is for whoever is
+// done with it for good: Next does nothing any more.
+func (c *Consumption) Release() {
+	if c.engine != nil {
+		c.engine.spare = c.mem
+		*c = Consumption{}
+	}
 }
 
 // Consume starts on groups; step is the number of optimizer steps done before.
@@ -150,12 +168,15 @@ func (e *Engine) Consume(ctx context.Context, groups []rollout.Group, step int64
 			}
 		}
 	}
-	e.loss.weigh(rows, len(groups))
-	micros, err := cut(trained, e.set.MaxTokens, e.cost)
+	mem := e.spare
+	e.spare = memory{}
+	mem.weights = e.loss.weigh(rows, len(groups), mem.weights)
+	micros, tokens, err := cut(trained, e.set.MaxTokens, e.cost, mem.tokens)
 	if err != nil {
 		return nil, fmt.Errorf("pack groups: %w", err)
 	}
-	c := &Consumption{engine: e, step: step, left: o.Iterations, micros: micros}
+	mem.tokens = tokens
+	c := &Consumption{engine: e, step: step, left: o.Iterations, micros: micros, mem: mem}
 	c.fixed = e.describe(groups, rows, flat, step)
 	c.spent = e.now().Sub(begin)
 	return c, nil

@@ -581,3 +581,65 @@ func TestAllFinite(t *testing.T) {
 		}
 	}
 }
+
+// TestReleasedMemory consumes other groups in the memory of consumptions that were
+// released, and one in between that was not: gradients and metrics are those of
+// fresh engines, and what is still held does not change.
+func TestReleasedMemory(t *testing.T) {
+	rng := rand.New(rand.NewPCG(23, 29))
+	dev := device(t)
+	o := DefaultObjective("sa_grpo")
+	s := testSettings(o)
+	var kept *Consumption
+	var before [][]int32
+	var engine *Engine
+	for round := range 12 {
+		p := newProblem(rng, o, shape{sampler: 1, masks: round%3 == 0})
+		fresh := p.fake()
+		want := consume(t, newEngine(fresh, dev, s), p.groups, 0)
+
+		fake := p.fake()
+		if engine == nil {
+			engine = newEngine(fake, dev, s)
+		}
+		engine.policy = fake
+		c, err := engine.Consume(t.Context(), p.groups, 0)
+		if err != nil {
+			t.Fatal(err)
+		}
+		m, done, err := c.Next(t.Context())
+		if err != nil || !done {
+			t.Fatal(done, err)
+		}
+		for name, v := range want[0] {
+			if !IsTiming(name) && m[name] != v {
+				t.Errorf("round %d: metric %s is %v, in fresh memory %v", round, name, m[name], v)
+			}
+		}
+		for id, v := range fresh.grads[0] {
+			if fake.grads[0][id] != v {
+				t.Errorf("round %d: gradient of token %d is %v, in fresh memory %v", round, id, fake.grads[0][id], v)
+			}
+		}
+		if round == 5 { // somebody still looks at this one
+			kept = c
+			for i := range c.micros {
+				before = append(before, slices.Clone(c.micros[i].batch.Tokens))
+			}
+			continue
+		}
+		c.Release()
+		c.Release()
+		if _, done, err := c.Next(t.Context()); !done || err != nil {
+			t.Errorf("a released consumption: %v, %v", done, err)
+		}
+	}
+	for i := range before {
+		if !slices.Equal(before[i], kept.micros[i].batch.Tokens) {
+			t.Errorf("micro-batch %d of a consumption that was not released has changed", i)
+		}
+	}
+	if len(before) == 0 || cap(engine.spare.tokens) == 0 {
+		t.Error("nothing was kept, or nothing given back")
+	}
+}

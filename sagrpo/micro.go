@@ -28,8 +28,9 @@ func (s span) of(x []float32) []float32 {
 
 // cut packs rows, which stand together by group, into micro-batches. Only their
 // active tokens are predicted; a row without any is left out, and a group of
-// such rows costs nothing.
-func cut(rows []*row, maxTokens int, cost cost) ([]micro, error) {
+// such rows costs nothing. The micro-batches lie in mem as far as that goes, and
+// in what cut returns.
+func cut(rows []*row, maxTokens int, cost cost, mem []int32) ([]micro, []int32, error) {
 	var groups []rollout.Group
 	var members [][]*row
 	var last *rollout.Group
@@ -47,11 +48,11 @@ func cut(rows []*row, maxTokens int, cost cost) ([]micro, error) {
 		members[g] = append(members[g], r)
 	}
 	if len(groups) == 0 {
-		return nil, nil
+		return nil, mem, nil
 	}
-	packed, err := rollout.Pack(groups, maxTokens)
+	packed, mem, err := rollout.PackIn(mem, groups, maxTokens)
 	if err != nil {
-		return nil, err
+		return nil, nil, err
 	}
 	micros := make([]micro, 0, len(packed))
 	for i := range packed {
@@ -76,7 +77,7 @@ func cut(rows []*row, maxTokens int, cost cost) ([]micro, error) {
 		m.flops = cost.forward(&m.batch)
 		micros = append(micros, m)
 	}
-	return micros, nil
+	return micros, mem, nil
 }
 
 // predict takes the predictions of active tokens.

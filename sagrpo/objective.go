@@ -104,8 +104,9 @@ func (e *Engine) ordinals(n int) []int32 {
 
 // weigh gives every active token of a step's rows its share of the loss. The
 // rows are all of the step, those without signal or active tokens included:
-// they count in the denominators.
-func (l *loss) weigh(rows []*row, groups int) {
+// they count in the denominators. The shares lie in mem where it is large enough,
+// and in what weigh returns.
+func (l *loss) weigh(rows []*row, groups int, mem []float32) []float32 {
 	B := float64(len(rows))
 	var total float64 // active tokens, or their weights
 	for _, r := range rows {
@@ -115,7 +116,10 @@ func (l *loss) weigh(rows []*row, groups int) {
 	for _, r := range rows {
 		tokens += len(r.active)
 	}
-	back := make([]float32, tokens) // of all rows
+	if cap(mem) < tokens {
+		mem = make([]float32, tokens)
+	}
+	back := mem[:tokens]
 	for _, r := range rows {
 		var share float64
 		switch l.rule.share {
@@ -142,6 +146,7 @@ func (l *loss) weigh(rows []*row, groups int) {
 			r.weight[i] = float32(float64(weights[t]) * share)
 		}
 	}
+	return mem
 }
 
 // mass is what the row adds to a denominator that is summed over tokens.

@@ -36,7 +36,7 @@ func (e *Engine) Score(ctx context.Context, rows []rollout.Rollout) ([]model.Sco
 			place[r] = at
 		}
 	}
-	micros, err := cut(all, e.set.MaxTokens, e.cost)
+	micros, _, err := cut(all, e.set.MaxTokens, e.cost, nil)
 	if err != nil {
 		return nil, fmt.Errorf("pack rows: %w", err)
 	}

@@ -318,6 +318,9 @@ func (j *Job) compute(ctx context.Context, c *consumption) (StepRecord, error) {
 			return StepRecord{}, err
 		}
 	}
+	if done {
+		c.run.Release()
+	}
 	j.weights++
 	last := done || j.spec.MaxSteps > 0 && j.weights >= j.spec.MaxSteps
 	return StepRecord{Step: j.weights, Time: time.Now().UTC(), First: c.first, Last: last, Groups: c.ids, Batches: c.batches,
