@@ -7,12 +7,14 @@
 // out, a name or a mount on the host; killing the worker takes everything away.
 //
 // Blue's services are those of secloop/blue on real sockets; its tools are real
-// nftables rules over netlink and real sysctls. Red's plug-ins are those of
+// nftables rules and traffic control classes over netlink, and real sysctls. Each
+// link carries at most 200 Mbit/s. Red's plug-ins are those of
 // secloop/red; red holds CAP_NET_RAW and nothing else, cannot open a file, make
 // another kind of socket, execute, or change namespaces (seccomp).
 //
 // A program that opens a field calls Main first thing in main: the worker, blue
 // and red are the same executable started again.
 //
-// Read supervisor_linux.go, worker_linux.go, team_linux.go.
+// Read supervisor_linux.go, worker_linux.go, team_linux.go; nft_linux.go and tc_linux.go
+// for what tools do to the kernel.
 package field

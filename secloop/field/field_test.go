@@ -352,7 +352,7 @@ func BenchmarkCreate(b *testing.B) {
 	for b.Loop() {
 		w, err := f.start()
 		if err == nil {
-			err = w.peer.call("check", nil, nil)
+			err = w.peer.call("check", needed[:1], nil)
 			w.end()
 		}
 		if err != nil {

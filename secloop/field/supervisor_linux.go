@@ -29,6 +29,12 @@ const (
 	roleLogin  = rolePrefix + "login" // becomes sshd
 )
 
+// needed is what a kernel must be able to do for a field to open.
+var needed = []scenario.Effect{
+	{Rule: &scenario.Rule{Src: scenario.Forged(0)}},
+	{Shape: &scenario.Shape{Src: scenario.TrustedWWW, Rate: 8000, Burst: scenario.UploadBurst}},
+}
+
 const episodeTimeout = 90 * time.Second
 
 var hooked bool // Main was called
@@ -95,13 +101,13 @@ func Open(o Options) (*Field, error) {
 	go f.starter()
 	w, err := f.start()
 	if err == nil {
-		err = w.peer.call("check", nil, nil)
+		err = w.peer.call("check", needed, nil)
 		w.end()
 	}
 	if err != nil {
 		f.Close()
 		return nil, fault.New(fault.Unavailable, "no_namespaces",
-			"open battle-field: this process may not make namespaces (needs root or CAP_SYS_ADMIN, CAP_NET_ADMIN, veth and nftables); use secloop/sim: %w", err)
+			"open battle-field: this process may not make namespaces (needs root or CAP_SYS_ADMIN, CAP_NET_ADMIN, veth, nftables, and of tc tbf, htb and u32); use secloop/sim: %w", err)
 	}
 	for range warmers(o.Parallel) {
 		f.work.Go(f.warmer)

@@ -40,12 +40,16 @@ func worker() error {
 		case "ready":
 			return nil, nil
 		case "check":
+			var a scenario.Action
+			if err := json.Unmarshal(arg, &a.Effects); err != nil {
+				return nil, err
+			}
 			w, err := ground.build(scenario.Episode{Target: scenario.Hosts()[0], Scenario: "port_scan", Stray: netip.MustParseAddr("198.18.0.55"), Sources: [3]netip.Addr{
 				netip.MustParseAddr("198.18.0.10"), netip.MustParseAddr("198.18.0.40"), netip.MustParseAddr("198.18.0.70")}})
 			if err != nil {
 				return nil, err
 			}
-			a := scenario.Action{Tool: "check", Effects: []scenario.Effect{{Rule: &scenario.Rule{Src: scenario.Forged(0)}}}}
+			a.Tool = "check"
 			return nil, w.blue.call("apply", a, nil)
 		case "play":
 			var e episode

@@ -8,5 +8,5 @@
 // becomes text for a shell or a rule language: a call is parsed into an Action,
 // an Action has Effects, and an Effect is a typed value.
 //
-// Read layout.go, catalogue.go and catalogue.yaml, tool.go, play.go.
+// Read layout.go, catalogue.go and catalogue.yaml, tool.go, throttle.go, play.go.
 package scenario
