@@ -148,6 +148,20 @@ func tooLarge(dev kernels.Device, cfg Config, opt Options, plan kernels.Plan) er
 	if opt.SampleSlots > 0 && fits(func(o *Options) { o.SampleSlots, o.SampleTokens = 0, 0 }) {
 		suggest("sample_tokens", opt.SampleTokens, "fewer, or no sampling on this device")
 	}
+	leanest := func(o *Options) {
+		o.Recompute, o.RecomputeMore, o.CompactMoments, o.BF16Gradients = RecomputeLayers, 0, true, true
+	}
+	if len(e.Fields) == 0 && opt.Train && fits(leanest) { // no one of them is enough
+		if opt.Recompute < RecomputeLayers {
+			suggest("recompute", opt.Recompute, "layers")
+		}
+		if !opt.CompactMoments {
+			suggest("optimizer.moments", momentsName(false), momentsName(true))
+		}
+		if !opt.BF16Gradients {
+			suggest("optimizer.gradients", "float32", "bfloat16")
+		}
+	}
 	if len(e.Fields) == 0 {
 		state := plan.Total - plan.Bytes["scratch"]
 		suggest("model", fmt.Sprintf("%d parameters, %d bytes without activations", cfg.Parameters(), state),

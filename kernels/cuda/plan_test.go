@@ -2,6 +2,7 @@ package cuda
 
 import (
 	"context"
+	"slices"
 	"strings"
 	"testing"
 
@@ -74,6 +75,15 @@ func Test7BOn80GB(t *testing.T) {
 		t.Errorf("with a layer less recomputed it would fit too: %v, %v", p, err)
 	}
 
+	// The same with a job's default budget of tokens and its sampler's cache.
+	whole := opt
+	whole.MaxTokens, whole.MaxPredictions, whole.SampleSlots, whole.SampleTokens = 16384, 0, 32, 8192
+	as, wholePlan, ok, err := model.Fit(d, qwen7b, whole, budget)
+	if err != nil || !ok {
+		t.Fatalf("a job of default budget and sampler does not fit: %v, %v", wholePlan, err)
+	}
+	t.Logf("default batch and sampler: recompute %v and %d layers more, %v", as.Recompute, as.RecomputeMore, wholePlan)
+
 	// Any one of the formats in float32 is refused with the plan, before anything is read or allocated.
 	for name, o := range map[string]model.Options{
 		"float32":           {},
@@ -88,6 +98,19 @@ func Test7BOn80GB(t *testing.T) {
 		f, is := fault.As(err)
 		if !is || f.Kind != fault.TooLarge || !strings.Contains(err.Error(), "gradients") || !strings.Contains(err.Error(), "optimizer ") {
 			t.Fatalf("%s: %v, expected a refusal with the plan", name, err)
+		}
+		var told, want []string
+		for _, x := range f.Fields {
+			told = append(told, x.Name)
+		}
+		if !o.CompactMoments {
+			want = append(want, "optimizer.moments")
+		}
+		if !o.BF16Gradients {
+			want = append(want, "optimizer.gradients")
+		}
+		if !slices.Equal(told, want) {
+			t.Errorf("%s: told to change %q, expected %q", name, told, want)
 		}
 		if free := d.Info().MemFree; free != budget {
 			t.Errorf("%s: %d bytes were taken", name, budget-free)
