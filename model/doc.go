@@ -15,7 +15,8 @@
 //	memory.go    the plan: the real code, run on a device that only counts
 //	body.go      embedding and layers, forward and backward
 //	head.go      final norm and LM head on the rows that predict
-//	train.go     Score and ForwardBackward
+//	recompute.go what the backward pass computes again, and as how little of it fits
+//	train.go     Score and ForwardBackward; accumulate.go, where gradients go
 //	optim.go     OptimStep
 //	generate.go  which sequences decode together; decode.go, the cache and one step of it
 //	state.go     optimizer state in and out
