@@ -46,7 +46,8 @@ type shaper struct {
 
 const outsideLink = "blue0"
 
-// Handles: a link's bound is 2:; the root that replaces it is 1:, its default class 1:1, a host's classes are 1:1xx and 1:2xx, xx being the last byte of its address.
+// Handles: a link's bound is 2:; the root that replaces it is 1:, its default class
+// 1:1, a host's classes are 1:1xx and 1:2xx, xx being the last byte of its address.
 const (
 	boundMajor  = 2
 	rootMajor   = 1
@@ -63,9 +64,12 @@ func (s *shaper) begin() error {
 	if s.link != nil {
 		return nil
 	}
-	var err error
-	if s.h, err = netlink.NewHandle(unix.NETLINK_ROUTE); err != nil {
-		return fmt.Errorf("open netlink: %w", err)
+	if s.h == nil {
+		h, err := netlink.NewHandle(unix.NETLINK_ROUTE)
+		if err != nil {
+			return fmt.Errorf("open netlink: %w", err)
+		}
+		s.h = h
 	}
 	link, err := s.h.LinkByName(outsideLink)
 	if err != nil {

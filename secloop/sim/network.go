@@ -14,8 +14,9 @@ import (
 	"trainerd/secloop/sensor"
 )
 
-// network is one episode's wire, packet filter and SYN queues. Time does not
-// pass on it: a full queue times out at once, and a limit per hour never refills.
+// network is one episode's wire, packet filter, traffic control and SYN queues. Time
+// does not pass on it: a full queue times out at once, so does whoever waits for a
+// throttled host, and no limit ever refills.
 type network struct {
 	mu        sync.Mutex
 	listeners map[netip.AddrPort]*listener
