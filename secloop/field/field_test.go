@@ -57,8 +57,8 @@ func call(tool string, kv ...string) secloop.Strategy {
 
 // TestTwins holds the namespaces and the simulator together: every scenario
 // against nothing useful, each of its remedies, isolation, a limit on
-// connections, a throttle, a wrong host and a call that cannot run gives the same
-// feedback, stage by stage.
+// connections, a throttle, a wrong host, a call that cannot run and two tools in
+// turn gives the same feedback, stage by stage.
 func TestTwins(t *testing.T) {
 	f := open(t, Options{Parallel: 4})
 	for i, sc := range scenario.All() {
@@ -72,6 +72,11 @@ func TestTwins(t *testing.T) {
 			call("rate_limit", "host", a.Target, "per_hour", "2"), call("patch_service", "host", "dns1"),
 			call("throttle_upload", "host", a.Target, "kbit", "8"),
 			append(call("harden_kernel", "host", a.Target), call("filter_egress", "host", a.Target)...))
+		for k, tool := range scenario.Tools() { // each tool meets every twentieth scenario and the one half-way
+			if n := len(scenario.Tools()); k == i%n || k == (i+n/2)%n {
+				strategies = append(strategies, secloop.Strategy{scenario.CallFor(tool, a, i)})
+			}
+		}
 		for _, s := range strategies {
 			t.Run(sc.Name+"/"+s[0].Tool, func(t *testing.T) {
 				t.Parallel()
