@@ -11,7 +11,8 @@
 // through the small interface driver (driver.go), of which there are two:
 // driver_cuda.go on gorgonia.org/cu (build tag cuda), and the emulator
 // (build tag cudaemu), which runs the same kernels on the CPU so that all of
-// this can be tested where there is no GPU.
+// this can be tested where there is no GPU. Both compute matrix products by
+// lt.c; choices.go says by which of cuBLASLt's algorithms, or by gemm.cu.
 //
 // # Memory
 //
