@@ -1,21 +1,24 @@
 package kernels
 
-// Rounder is a Device that rounds weights on their way to the host, for a
-// checkpoint that holds them as bfloat16.
+// Rounder is a Device that makes the weights of a checkpoint on their way to the
+// host, where one after the other would be made of what Download gives. p holds
+// the weights, and with rem they are the float32 masters that the two halves
+// make. Both methods wait for the operations before them. Lengths must agree.
 type Rounder interface {
-	// DownloadRounded waits for the operations before it and copies p to dst as
-	// bits of bfloat16: the float32 values of p, or with rem those of the masters
-	// that the two halves make, rounded to nearest, ties to even. Lengths must agree.
-	//
-	// finite says that no value of dst is infinite. Where one is, the caller has to
-	// look whether it was before: a weight that is too large rounds to infinity.
+	// DownloadRounded copies the weights to dst as bits of bfloat16, rounded to
+	// nearest, ties to even. finite says that no value of dst is infinite or NaN.
+	// Where one is, the caller has to look what it was before: a weight that is
+	// too large rounds to infinity.
 	DownloadRounded(dst []uint16, p, rem Buffer) (finite bool, err error)
+	// DownloadMasters copies the weights to dst, exact.
+	DownloadMasters(dst []float32, p, rem Buffer) error
 }
 
-// Finite16 reports whether no bfloat16 value is infinite. NaN passes.
+// Finite16 reports whether no bfloat16 value is infinite or NaN.
 func Finite16(x []uint16) bool {
+	const exponent = 0x7f80
 	for _, h := range x {
-		if h<<1 == 0x7f80<<1 { // all exponent bits and no others, but for the sign
+		if h&exponent == exponent {
 			return false
 		}
 	}

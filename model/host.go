@@ -58,6 +58,9 @@ func (m *Model) putMaster(off int, x []float32) {
 // getMaster reads exact float32 weights back.
 func (m *Model) getMaster(off int, x []float32) error {
 	src := m.policy.flat.Slice(off, off+len(x))
+	if r, ok := m.dev.(kernels.Rounder); ok && m.rem != nil {
+		return r.DownloadMasters(x, src, m.rem.Slice(off, off+len(x)))
+	}
 	if err := m.dev.Download(denseF32(x), src); err != nil || m.rem == nil {
 		return err
 	}
@@ -71,7 +74,7 @@ func (m *Model) getMaster(off int, x []float32) error {
 	return nil
 }
 
-// getRounded reads weights as bfloat16; ok is false when one of them is infinite then.
+// getRounded reads weights as bfloat16; ok is false when one of them is not finite then.
 func (m *Model) getRounded(r kernels.Rounder, off int, x []uint16) (ok bool, err error) {
 	rem := kernels.Buffer(nil)
 	if m.rem != nil {

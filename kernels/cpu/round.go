@@ -26,3 +26,12 @@ func (d *device) DownloadRounded(dst []uint16, p, rem kernels.Buffer) (finite bo
 	})
 	return !infinite.Load(), nil
 }
+
+// DownloadMasters implements kernels.Rounder.
+func (d *device) DownloadMasters(dst []float32, p, rem kernels.Buffer) error {
+	const op = "download masters"
+	must(rem == nil, op, "a remainder beside float32 weights")
+	from := floats(op, "p", p, len(dst))
+	d.blocks(len(dst), grain, func(a, b int) { copy(dst[a:b], from[a:b]) })
+	return nil
+}

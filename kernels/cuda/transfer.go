@@ -16,7 +16,7 @@ func words[T int8 | int16 | int32 | float32 | float64](b []byte) []T {
 }
 
 // raw views numbers as bytes.
-func raw[T int8 | int16 | int32 | float32 | float64](x []T) []byte {
+func raw[T int8 | int16 | uint16 | int32 | float32 | float64](x []T) []byte {
 	if len(x) == 0 {
 		return nil
 	}
