@@ -383,14 +383,14 @@ func (r IngestResult) Table(out io.Writer) error {
 	fmt.Fprintf(t, "disk\t%.1f MB/s synced after each body, %.1f after each %d: ingest reached %.0f %%\n", r.DiskOneMBs, r.DiskMBs, r.Producers, 100*r.DiskShare)
 	fmt.Fprintf(t, "accept\tp50 %.1f, p99 %.1f, max %.1f ms; %d refused with 429\n", 1e3*r.Accept["p50"], 1e3*r.Accept["p99"], 1e3*r.Accept["max"], r.Refused)
 	fmt.Fprintf(t, "memory\t%.0f MB at the start, %.0f at most, %.0f at the end; slope %+.2f MB/s\n", r.RSSStartMB, r.RSSPeakMB, r.RSSEndMB, r.RSSSlopeMB)
-	fmt.Fprintf(t, "\nstage\tns a byte\tMB/s per core\t\n")
+	fmt.Fprintf(t, "\nstage\tns a byte\tMB/s per core\tbest, ns a byte\t\n")
 	for _, s := range r.Stages {
 		note := ""
 		if !s.InPath {
 			note = "not in the sum"
 		}
-		fmt.Fprintf(t, "%s\t%.3f\t%.0f\t%s\n", s.Stage, s.NsByte, s.MBsCore, note)
+		fmt.Fprintf(t, "%s\t%.3f\t%.0f\t%.3f\t%s\n", s.Stage, s.NsByte, s.MBsCore, s.BestNs, note)
 	}
-	fmt.Fprintf(t, "receiving and the rest\t%.3f\t\t\n", r.RestNs)
+	fmt.Fprintf(t, "receiving and the rest\t%.3f\t\t\t\n", r.RestNs)
 	return t.Flush()
 }

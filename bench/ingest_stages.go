@@ -4,6 +4,7 @@ import (
 	"context"
 	"crypto/sha256"
 	"fmt"
+	"math"
 	"os"
 	"time"
 
@@ -20,7 +21,8 @@ type IngestStage struct {
 	Stage   string  `json:"stage"`
 	NsByte  float64 `json:"ns_byte"` // processor time of this process by bytes of the body, garbage collection included
 	MBsCore float64 `json:"mb_s_core"`
-	InPath  bool    `json:"in_path"` // false: a part of another stage, or something else than the path does
+	BestNs  float64 `json:"best_ns_byte"` // of its fastest round, which other work on the machine disturbed least
+	InPath  bool    `json:"in_path"`      // false: a part of another stage, or something else than the path does
 }
 
 // stageRounds is how often a stage is repeated at least.
@@ -36,6 +38,7 @@ func ingestStages(ctx context.Context, o IngestOptions, body bodyTemplate) ([]In
 	// run measures do alone; prepare is not counted.
 	run := func(name string, inPath bool, prepare, do func(i int) error) error {
 		var spent time.Duration
+		best := time.Duration(math.MaxInt64)
 		i := -1 // a warm-up
 		for ; i < stageRounds || spent < o.StageTime; i++ {
 			if prepare != nil {
@@ -49,11 +52,14 @@ func ingestStages(ctx context.Context, o IngestOptions, body bodyTemplate) ([]In
 			}
 			after := processTime()
 			if i >= 0 {
-				spent += after.user - before.user + after.system - before.system
+				took := after.user - before.user + after.system - before.system
+				spent += took
+				best = min(best, took)
 			}
 		}
-		ns := float64(spent) / float64(i) / float64(len(body.bytes))
-		out = append(out, IngestStage{Stage: name, NsByte: ns, MBsCore: 1e3 / ns, InPath: inPath})
+		size := float64(len(body.bytes))
+		ns := float64(spent) / float64(i) / size
+		out = append(out, IngestStage{Stage: name, NsByte: ns, MBsCore: 1e3 / ns, BestNs: float64(best) / size, InPath: inPath})
 		return nil
 	}
 	schema := rollout.Schema{Objective: "sa_grpo", SamplerLogProbs: true}

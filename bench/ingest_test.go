@@ -36,8 +36,8 @@ func TestIngest(t *testing.T) {
 		names := map[string]bool{}
 		for _, s := range r.Stages {
 			names[s.Stage] = true
-			if s.NsByte <= 0 {
-				t.Errorf("stage %s took %v ns a byte", s.Stage, s.NsByte)
+			if s.NsByte <= 0 || s.BestNs > s.NsByte {
+				t.Errorf("stage %s took %v ns a byte, at best %v", s.Stage, s.NsByte, s.BestNs)
 			}
 			if s.InPath {
 				sum += s.NsByte
