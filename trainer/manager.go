@@ -113,7 +113,7 @@ type Manager struct {
 	deltas chan struct{} // one token for each delta being computed
 	decode chan struct{} // one token for each Arrow body being decoded
 	disk   *dataDisk
-	// captures counts host memory of publications under way.
+	// captures is the host memory of publications under way and what is kept for the next.
 	captures captureBudget
 
 	home     *residence

@@ -16,6 +16,7 @@ import (
 
 	"trainerd/internal/fault"
 	"trainerd/kernels/cpu"
+	"trainerd/kernels/hostmem"
 	"trainerd/model"
 )
 
@@ -129,6 +130,49 @@ func TestCaptureRefuses(t *testing.T) {
 func isCode(err error, code string) bool {
 	f, ok := fault.As(err)
 	return ok && f.Code == code
+}
+
+// TestCaptureMemoryIsUsedAgain takes captures of two models in every dtype into
+// the same bytes, one after the other and larger after smaller: nothing of an
+// earlier one comes out of a later one, and nothing is written past its end.
+func TestCaptureMemoryIsUsedAgain(t *testing.T) {
+	small, err := model.NewRandom(model.Config{Type: "llama", Vocab: 30, Hidden: 4, FFN: 6, Layers: 2, Heads: 2, KVHeads: 1, HeadDim: 2, MaxPositions: 8,
+		RopeTheta: 100, NormEps: 1e-5, BOS: -1}, 5)
+	if err != nil {
+		t.Fatal(err)
+	}
+	big := hard(t)
+	span, err := hostmem.Take(int64(4*CaptureElements(big)+8), hostmem.Small)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer span.Free()
+	for i := range span.Bytes {
+		span.Bytes[i] = 0xa5
+	}
+	for i, src := range []model.Source{big, small, big, small, small, big} {
+		dtype := []string{"BF16", "F32", "F16"}[i%3]
+		n := CaptureElements(src)
+		var mem CaptureMemory
+		rest := span.Bytes
+		if dtype == "F32" {
+			mem.Floats, rest = hostmem.Floats(rest, n)
+		} else {
+			mem.Halves, rest = hostmem.Halves(rest, n)
+		}
+		before := bytes.Clone(rest)
+		c, err := TakeCapture(t.Context(), src, dtype, mem)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if !bytes.Equal(rest, before) {
+			t.Errorf("capture %d in %s: bytes past its end were written", i, dtype)
+		}
+		o := WriteOptions{DType: dtype}
+		if d := cmp.Diff(written(t, src, o), written(t, c, o)); d != "" {
+			t.Errorf("capture %d in %s (-source +capture):\n%s", i, dtype, d)
+		}
+	}
 }
 
 // plain hides what a source can do besides.
