@@ -7,17 +7,24 @@ import (
 	"trainerd/kernels/cpu/internal/simd"
 )
 
-// headChunk returns how many rows of logits are held at once: enough for an
-// efficient Gemm, within 64 MiB, and cut evenly. It depends on the shape alone.
+// headRows is the most rows of logits that are held at once: enough for an
+// efficient Gemm, within 64 MiB.
+func headRows(v int) int { return min(512, max(16, (64<<20)/(4*v))) }
+
+// headChunk returns how many rows of logits are held at once: n cut evenly. It
+// depends on the shape alone, and may be greater for fewer rows.
 func headChunk(n, v int) int {
-	most := min(512, max(16, (64<<20)/(4*v)))
+	most := headRows(v)
 	chunks := max(1, (n+most-1)/most)
 	return (n + chunks - 1) / chunks
 }
 
-func (d *device) HeadScratch(n, dim, v int, backward bool) int64 {
-	return kernels.Round(int64(headChunk(n, v))*int64(v)*4, alignment)
+// logitBytes is what n rows or fewer need: a plan is made for the most rows, and fewer of them may make larger chunks.
+func logitBytes(n, v int) int64 {
+	return kernels.Round(int64(min(n, headRows(v)))*int64(v)*4, alignment)
 }
+
+func (d *device) HeadScratch(n, dim, v int, backward bool) int64 { return logitBytes(n, v) }
 
 func (d *device) LogProb(h kernels.Head) { d.head("log-prob", h, nil) }
 

@@ -8,9 +8,7 @@ import (
 	"trainerd/kernels/cpu/internal/simd"
 )
 
-func (d *device) DrawScratch(n, dim, v int) int64 {
-	return kernels.Round(int64(headChunk(n, v))*int64(v)*4, alignment)
-}
+func (d *device) DrawScratch(n, dim, v int) int64 { return logitBytes(n, v) }
 
 func (d *device) Sample(x kernels.Draw) {
 	const op = "sample"
