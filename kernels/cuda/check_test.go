@@ -357,3 +357,42 @@ func follow(t *testing.T, dev kernels.Device, kept kernels.DType, compact bool, 
 		t.Errorf("plain bfloat16 weights are off by only %.3g of the movement: this test shows nothing", lostBy/moved)
 	}
 }
+
+// testStaging uploads several times what the staging memory holds, in pieces of
+// all sizes and both types, before anything is waited for, and reads it back.
+func testStaging(t *testing.T, dev kernels.Device) {
+	const n = 5 * stageBytes / 4
+	rng := rand.New(rand.NewPCG(7, 8))
+	want := make([]float32, n)
+	for i := range want {
+		want[i] = float32(rng.IntN(1 << 7)) // exact in bfloat16
+	}
+	for _, k := range []kernels.DType{kernels.F32, kernels.BF16} {
+		b, err := dev.Alloc("test", k, n)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer dev.Free(b)
+		piece := make([]float32, stageBytes) // more than a slot at once
+		for from := 0; from < n; {
+			to := min(n, from+1+rng.IntN(stageBytes/2))
+			x := piece[:to-from]
+			copy(x, want[from:to])
+			dev.Upload(b.Slice(from, to), tensor.New(tensor.WithShape(len(x)), tensor.WithBacking(x)))
+			for i := range x {
+				x[i] = -1 // it may be changed when Upload returns
+			}
+			from = to
+		}
+		got := make([]float32, n)
+		if err := dev.Download(tensor.New(tensor.WithShape(n), tensor.WithBacking(got)), b); err != nil {
+			t.Fatal(err)
+		}
+		if !slices.Equal(got, want) {
+			t.Errorf("%v: what came back is not what was sent", k)
+		}
+	}
+	if err := dev.Sync(); err != nil {
+		t.Fatal(err)
+	}
+}

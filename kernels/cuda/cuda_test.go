@@ -30,6 +30,8 @@ func TestModels(t *testing.T) { testModels(t, open(t)) }
 
 func TestMaster(t *testing.T) { testMaster(t, open(t)) }
 
+func TestStaging(t *testing.T) { testStaging(t, open(t)) }
+
 func TestProfiledStep(t *testing.T) { testProfile(t, open(t)) }
 
 // TestReopen: an illegal address loses the context, says so, and a new device works.

@@ -48,6 +48,8 @@ func TestModels(t *testing.T) { testModels(t, emulator(t)) }
 
 func TestMaster(t *testing.T) { testMaster(t, emulator(t)) }
 
+func TestStaging(t *testing.T) { testStaging(t, emulator(t)) }
+
 func TestProfiledStep(t *testing.T) { testProfile(t, emulator(t)) }
 
 // setBudget bounds the cost of kerneltest's cases.
