@@ -78,6 +78,68 @@ TEST(adamw) {
 	}
 }
 
+// The update is that of moments in float32 from the same values, bit for bit: only what is stored is rounded.
+// What it is rounded to is held to a reference by package kerneltest.
+TEST(adamw_compact) {
+	for (int n : {1, 19, 127, 128, 129, 3000}) {
+		for (double coef : {0.25, double(NAN)}) {
+			int blocks = int(up(n, 128));
+			auto p = normals<float>(c, n);
+			auto g16 = normals<bf16>(c, n, 0.1), v16 = normals<bf16>(c, n, 0.01);
+			auto scale = normals<float>(c, blocks, 0.1);
+			for (auto &x : scale) x = std::abs(x);
+			std::vector<signed char> code(n);
+			std::vector<float> g(n), m(n), v(n);
+			for (int i = 0; i < n; i++) {
+				v16[i] &= 0x7fff;
+				code[i] = static_cast<signed char>(c.below(255) - 127);
+				float root = float(code[i] * code[i]) * (1.0f / 16129.0f);
+				m[i] = (code[i] < 0 ? -root * root : root * root) * scale[i / 128];
+				g[i] = float(widen(g16[i])), v[i] = float(widen(v16[i]));
+			}
+			Buf<float> fm(m), fv(v), fg(g), s32(scale), s16(scale), cf(std::vector<float>{float(coef)}), start(p);
+			Buf<bf16> p0(n), p1(n), p2(n), bg(g16), v1(v16), v2(v16);
+			Buf<short> r0(n), r1(n), r2(n);
+			Buf<signed char> m1(code), m2(code);
+			auto grid = d3(up(n, 2048));
+			float s[8] = {0.999f, 0.9f, 0.1f, 0.95f, 0.05f, 0.01f, 1.1f, 1e-8f};
+			run(c, {p0, r0, fm, fv, p1, r1, m1, s32, v1, p2, r2, m2, s16, v2}, [&] {
+				emu::launch(grid, d3(256), 0, [&] { split_master(p0, r0, start, n); });
+				emu::launch(grid, d3(256), 0, [&] { split_master(p1, r1, start, n); });
+				emu::launch(grid, d3(256), 0, [&] { split_master(p2, r2, start, n); });
+				emu::launch(grid, d3(256), 0, [&] { adamw_bf16_gf32(p0, r0, fg, fm, fv, cf, n, s[0], s[1], s[2], s[3], s[4], s[5], s[6], s[7]); });
+				emu::launch(grid, d3(256), 0, [&] { adamw_compact_gf32(p1, r1, fg, m1, s32, v1, cf, n, s[0], s[1], s[2], s[3], s[4], s[5], s[6], s[7], 1ll << 33, 12345, -67890); });
+				emu::launch(grid, d3(256), 0, [&] { adamw_compact_gbf16(p2, r2, bg, m2, s16, v2, cf, n, s[0], s[1], s[2], s[3], s[4], s[5], s[6], s[7], 1ll << 33, 12345, -67890); });
+			});
+			for (int i = 0; i < n; i++) {
+				c.equal("weight", i, widen(p1[i]), widen(p0[i]));
+				c.equal("remainder", i, r1[i], r0[i]);
+				c.equal("weight, bf16 gradient", i, widen(p2[i]), widen(p0[i]));
+				c.equal("code, bf16 gradient", i, m2[i], m1[i]);
+				c.equal("second moment, bf16 gradient", i, widen(v2[i]), widen(v1[i]));
+				if (coef != 0.25) c.equal("code", i, m1[i], code[i]), c.equal("scale", i, s32[i / 128], scale[i / 128]), c.equal("second moment", i, widen(v1[i]), widen(v16[i]));
+				else c.near("second moment", i, widen(v1[i]), fv[i], fv[i] / 128);
+			}
+		}
+	}
+}
+
+TEST(add_gradient) {
+	for (int n : {1, 19, 3000}) {
+		auto src = normals<float>(c, n, 0.01);
+		auto start = normals<bf16>(c, n);
+		if (n > 9) src[3] = NAN, src[5] = INFINITY;
+		Buf<float> from(src);
+		Buf<bf16> sum(start);
+		run(c, {sum}, [&] { emu::launch(d3(up(n, 2048)), d3(256), 0, [&] { add_gradient(sum, from, n, 1ll << 32, 1, 2); }); });
+		for (int i = 0; i < n; i++) {
+			double want = widen(start[i]) + src[i];
+			if (want - want != 0) c.equal("sum", i, widen(sum[i]), want);
+			else c.near("sum", i, widen(sum[i]), want, std::abs(want) / 128);
+		}
+	}
+}
+
 TEST(advantages) {
 	for (auto sizes : std::vector<std::vector<int>>{{1}, {7}, {0, 3, 0}, {7, 7, 7, 7}, {2, 100, 33}}) {
 		for (int std : {0, 1}) {
