@@ -159,8 +159,14 @@ func sameBits(t *testing.T, what string, got, want map[string][]float32) {
 
 // TestOptimStepNotFinite: a poisoned gradient is refused by name and changes nothing.
 func TestOptimStepNotFinite(t *testing.T) {
+	for name, opt := range formats() {
+		t.Run(name, func(t *testing.T) { optimStepNotFinite(t, opt) })
+	}
+}
+
+func optimStepNotFinite(t *testing.T, opt model.Options) {
 	cfg := configs()["qwen3-tied"]
-	m := load(t, newDevice(t), randomSource(t, cfg, 2), trainOptions())
+	m := load(t, newDevice(t), randomSource(t, cfg, 2), opt)
 	b := pack(randomSamples(rand.New(rand.NewPCG(2, 2)), cfg.Vocab), true)
 	o := model.AdamW{LR: 0.02, Beta1: 0.9, Beta2: 0.95, Eps: 1e-8, MaxGradNorm: 1}
 	l := crossEntropy(len(b.Rows))
@@ -171,6 +177,9 @@ func TestOptimStepNotFinite(t *testing.T) {
 		t.Fatal(err)
 	}
 	before := weightsOf(t, m)
+	if _, err := m.ForwardBackward(b, l); err != nil { // a good micro-batch, to which a bad one is added
+		t.Fatal(err)
+	}
 	l.Weight[1] = float32(math.NaN())
 	if _, err := m.ForwardBackward(b, l); err != nil {
 		t.Fatal(err)
