@@ -172,6 +172,7 @@ cuda-standin: trainerd-cuda # what runs on a card, on strict stand-ins for the d
 	kernels/cuda/emulator/build.sh out/emulator
 	$(CUDA_GO) test -c -tags cuda -o out/cuda/cuda.test ./kernels/cuda
 	cd kernels/cuda && LD_LIBRARY_PATH=$(CURDIR)/out/emulator ../../out/cuda/cuda.test -test.timeout 10m -kerneltest.budget 4e5
+	LD_LIBRARY_PATH=$(CURDIR)/out/emulator $(CUDA_GO) test -tags cuda -count=1 -timeout 10m -run 'TestJobsTakeTurnsOnTheDevice' ./server
 
 cuda-check: trainerd-cuda ## compiles all kernels and all tagged Go, and runs what needs no GPU
 	$(CUDA_GO) vet -tags cuda ./kernels/cuda ./cmd/trainerd ./model
