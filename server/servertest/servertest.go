@@ -2,7 +2,9 @@ package servertest
 
 import (
 	"context"
+	"errors"
 	"fmt"
+	"io/fs"
 	"log/slog"
 	"math/rand/v2"
 	"net"
@@ -238,10 +240,17 @@ func (e *Env) Crash(t testing.TB) *Env {
 	t.Helper()
 	o := e.opts
 	o.ModelDir = e.ModelDir
-	c := &Env{opts: o, ModelDir: e.ModelDir, DataDir: t.TempDir(), StoreDir: t.TempDir()}
-	for from, to := range map[string]string{e.DataDir: c.DataDir, e.StoreDir: c.StoreDir} {
-		if err := os.CopyFS(to, os.DirFS(from)); err != nil {
-			t.Fatal(err)
+	c := &Env{opts: o, ModelDir: e.ModelDir}
+	for from, to := range map[string]*string{e.DataDir: &c.DataDir, e.StoreDir: &c.StoreDir} {
+		for try := 0; ; try++ {
+			*to = t.TempDir()
+			err := os.CopyFS(*to, os.DirFS(from))
+			if err == nil {
+				break
+			}
+			if !errors.Is(err, fs.ErrNotExist) || try == 100 { // else retention deleted what was about to be copied
+				t.Fatal(err)
+			}
 		}
 	}
 	c.Boot(t)
