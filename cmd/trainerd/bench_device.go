@@ -20,9 +20,14 @@ type benchDevice struct {
 }
 
 func (b *benchDevice) flags(c *cobra.Command) {
+	b.deviceFlags(c)
+	c.Flags().IntVar(&b.repeats, "repeats", 5, "timed repetitions after one warm-up")
+}
+
+// deviceFlags are all but repeats, for what repeats by a budget of time.
+func (b *benchDevice) deviceFlags(c *cobra.Command) {
 	c.Flags().StringVar(&b.device, "device", "auto", "cpu, cuda:N or auto")
 	c.Flags().IntVar(&b.workers, "workers", 0, "CPU workers; 0: one per core")
-	c.Flags().IntVar(&b.repeats, "repeats", 5, "timed repetitions after one warm-up")
 }
 
 // on runs f on the device.
@@ -156,8 +161,7 @@ func newBenchKernels() *cobra.Command {
 			})
 		},
 	}
-	d.flags(c)
-	_ = c.Flags().MarkHidden("repeats") // the budget decides
+	d.deviceFlags(c)
 	c.Flags().StringVar(&o.Shape, "shape", "0.5b", "smoke, 135m, 0.5b, 1.5b or 7b")
 	c.Flags().StringVar(&o.Load, "load", "secloop", "smoke, cpu512, flat, secloop or reason")
 	c.Flags().IntVar(&o.MaxTokens, "max-tokens", 16384, "the leading groups of the load that fit are timed")
