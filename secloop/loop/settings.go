@@ -113,4 +113,6 @@ func (s Settings) sequences() int { return min(max(s.Groups*s.Size, 32), 512) }
 
 // cacheTokens is the room that decoding them takes: a group shares its prompt,
 // but what is measured is one strategy of each prompt.
-func (s Settings) cacheTokens(sequences int) int { return min(sequences*(s.MaxPrompt+s.MaxTokens), 1<<20) }
+func (s Settings) cacheTokens(sequences int) int {
+	return min(sequences*(s.MaxPrompt+s.MaxTokens), 1<<20)
+}
