@@ -18,13 +18,13 @@ import (
 	"trainerd/trainer"
 )
 
-// counted is a body that knows how much of it was read.
-type counted struct {
+// countedBody is a body that knows how much of it was read.
+type countedBody struct {
 	io.Reader
 	n atomic.Int64
 }
 
-func (c *counted) Read(p []byte) (int, error) {
+func (c *countedBody) Read(p []byte) (int, error) {
 	n, err := c.Reader.Read(p)
 	c.n.Add(int64(n))
 	return n, err
@@ -59,7 +59,7 @@ func TestRefusedBeforeTheBody(t *testing.T) {
 	defer transport.CloseIdleConnections()
 	post := func(t *testing.T, x early) {
 		t.Helper()
-		body := &counted{Reader: bytes.NewReader(make([]byte, x.size))}
+		body := &countedBody{Reader: bytes.NewReader(make([]byte, x.size))}
 		req, err := http.NewRequestWithContext(ctx, http.MethodPost, url, body)
 		if err != nil {
 			t.Fatal(err)
