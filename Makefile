@@ -98,7 +98,7 @@ demo-secloop: build ## the loop against attacks on simulated battle-fields; exit
 secloop-control: build ## the same with rewards shuffled within each group; exits 1 if it gains
 	bin/trainerd secloop run --control --check
 
-secloop-smollm2: build $(SMOLLM2) ## a few turns of the loop with SmolLM2-135M-Instruct
+secloop-smollm2: build $(SMOLLM2) ## the loop with SmolLM2-135M-Instruct: about an hour
 	bin/trainerd secloop run --smollm2 $(SMOLLM2)
 
 secloop-sweep: build ## objectives, reward modules and group sizes over three seeds; goes on where it was ended
