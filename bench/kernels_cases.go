@@ -263,7 +263,7 @@ func (m *caseMaker) rows() {
 	gather("embedding", 1, c.Vocab, tokens)
 	gather("head", 2, t, predicting)
 	add := func(what string, height int, to kernels.DType, rows []int32) {
-		index := bucketed(rows)
+		index := kernels.ScatterTo(rows)
 		var s kernels.Scatter
 		m.add(kernelCase{op: "scatter add", sizes: fmt.Sprintf("%s: %d rows of %d into %d of %d", what, len(rows), d, len(index.Dst), height), calls: 1,
 			bytes: m.s*float64(len(rows)*d) + 2*float64(to.Size())*float64(len(index.Dst)*d), live: float64(to.Size()) * float64(height*d),
@@ -276,23 +276,6 @@ func (m *caseMaker) rows() {
 	}
 	add("embedding", c.Vocab, m.gt, tokens)
 	add("head", t, m.dt, predicting)
-}
-
-// bucketed lists the source rows of each destination.
-func bucketed(rows []int32) kernels.ScatterIndex {
-	src := make([]int32, len(rows))
-	for i := range src {
-		src[i] = int32(i)
-	}
-	slices.SortStableFunc(src, func(a, b int32) int { return int(rows[a]) - int(rows[b]) })
-	s := kernels.ScatterIndex{Src: src}
-	for i, r := range src {
-		if i == 0 || rows[r] != s.Dst[len(s.Dst)-1] {
-			s.Dst, s.Start = append(s.Dst, rows[r]), append(s.Start, int32(i))
-		}
-	}
-	s.Start = append(s.Start, int32(len(src)))
-	return s
 }
 
 func denseInts(x []int32) *tensor.Dense {

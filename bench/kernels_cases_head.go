@@ -162,7 +162,7 @@ func (m *caseMaker) transfers() {
 				a.Release(mark)
 			}
 		}})
-	index := bucketed(m.p.positions)
+	index := kernels.ScatterTo(m.p.positions)
 	bytes := 4 * int64(len(index.Dst)+len(index.Start)+len(index.Src))
 	m.add(kernelCase{op: "scatter", sizes: fmt.Sprintf("an index of %d rows", len(index.Src)), calls: 2, transfer: true, bytes: float64(bytes), arena: bytes + 1<<12,
 		make: func(b *buffers, a kernels.Arena) func() {

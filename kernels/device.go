@@ -1,6 +1,8 @@
 package kernels
 
 import (
+	"slices"
+
 	"gorgonia.org/tensor"
 
 	"trainerd/kernels/internal/seal"
@@ -164,6 +166,24 @@ type Layout interface {
 // Src[Start[u]:Start[u+1]] that are summed into it, in that order.
 type ScatterIndex struct {
 	Dst, Start, Src []int32
+}
+
+// ScatterTo indexes source rows 0..len(rows)-1 by destination, destinations
+// ascending and sources in order, so that a scattered sum has one order.
+func ScatterTo(rows []int32) ScatterIndex {
+	src := make([]int32, len(rows))
+	for i := range src {
+		src[i] = int32(i)
+	}
+	slices.SortStableFunc(src, func(a, b int32) int { return int(rows[a]) - int(rows[b]) })
+	s := ScatterIndex{Src: src}
+	for i, r := range src {
+		if i == 0 || rows[r] != s.Dst[len(s.Dst)-1] {
+			s.Dst, s.Start = append(s.Dst, rows[r]), append(s.Start, int32(i))
+		}
+	}
+	s.Start = append(s.Start, int32(len(src)))
+	return s
 }
 
 // Scatter is a device's copy of a ScatterIndex.

@@ -77,7 +77,7 @@ func (s *sink) putLayer(l int) {
 // embedding's. A tied one already holds the head's, a fresh one nothing.
 func (s *sink) addEmbedding(dx kernels.Buffer, tokens []int32) {
 	m := s.m
-	index := m.dev.Scatter(m.arena, bucket(tokens))
+	index := m.dev.Scatter(m.arena, kernels.ScatterTo(tokens))
 	empty := s.fresh && !m.cfg.Tied
 	dst := m.grad.embed
 	if s.staged() {

@@ -3,7 +3,6 @@ package model
 import (
 	"fmt"
 	"math"
-	"slices"
 
 	"trainerd/internal/fault"
 	"trainerd/kernels"
@@ -157,23 +156,4 @@ func (b *Batch) deviceSegments() []kernels.Segment {
 		out = append(out, k)
 	}
 	return out
-}
-
-// bucket groups source rows 0..len(rows)-1 by destination, destinations
-// ascending and sources in order, so that a scattered sum has one order.
-func bucket(rows []int32) kernels.ScatterIndex {
-	src := make([]int32, len(rows))
-	for i := range src {
-		src[i] = int32(i)
-	}
-	slices.SortStableFunc(src, func(a, b int32) int { return int(rows[a]) - int(rows[b]) })
-	s := kernels.ScatterIndex{Src: src}
-	for i, r := range src {
-		if i == 0 || rows[r] != s.Dst[len(s.Dst)-1] {
-			s.Dst = append(s.Dst, rows[r])
-			s.Start = append(s.Start, int32(i))
-		}
-	}
-	s.Start = append(s.Start, int32(len(src)))
-	return s
 }

@@ -4,7 +4,6 @@ import (
 	"bytes"
 	"math"
 	"math/rand/v2"
-	"os"
 	"strings"
 	"testing"
 
@@ -33,39 +32,6 @@ func formats() map[string]model.Options {
 // tinyStateModel is the model of the frozen state files.
 var tinyStateModel = model.Config{Type: "qwen3", Vocab: 7, Hidden: 4, FFN: 3, Layers: 1, Heads: 2, KVHeads: 1, HeadDim: 2, MaxPositions: 64,
 	RopeTheta: 100, NormEps: 1e-5, QKNorm: true, InitStd: 0.3, BOS: -1}
-
-// TestCompactState reads a frozen state of compact moments (version 2 of the
-// format) and writes the same bytes. -update makes the file; once released it stays.
-func TestCompactState(t *testing.T) {
-	opt := formats()["compact moments"]
-	opt.Reference = true
-	m := load(t, newDevice(t), randomSource(t, tinyStateModel, 1), opt)
-	const path = "testdata/v1/state_compact.bin"
-	if *update {
-		train(t, m, 2)
-		var buf bytes.Buffer
-		if err := m.SaveState(&buf); err != nil {
-			t.Fatal(err)
-		}
-		if err := os.WriteFile(path, buf.Bytes(), 0o644); err != nil {
-			t.Fatal(err)
-		}
-	}
-	frozen, err := os.ReadFile(path)
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := m.LoadState(bytes.NewReader(frozen)); err != nil {
-		t.Fatal(err)
-	}
-	var again bytes.Buffer
-	if err := m.SaveState(&again); err != nil {
-		t.Fatal(err)
-	}
-	if m.Steps() != 2 || !bytes.Equal(frozen, again.Bytes()) {
-		t.Errorf("%d steps, expected 2 and the bytes that were read", m.Steps())
-	}
-}
 
 // TestStateOfAnotherFormat: a state is refused by a model whose moments are
 // kept differently, by the name of the setting, and nothing is changed.

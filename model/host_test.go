@@ -35,23 +35,3 @@ func TestSplitMaster(t *testing.T) {
 		}
 	}
 }
-
-func TestBucket(t *testing.T) {
-	rows := []int32{5, 2, 5, 0, 2, 5}
-	s := bucket(rows)
-	want := map[int32][]int32{0: {3}, 2: {1, 4}, 5: {0, 2, 5}}
-	if len(s.Dst) != 3 || len(s.Start) != 4 || len(s.Src) != len(rows) {
-		t.Fatalf("%+v", s)
-	}
-	for u, d := range s.Dst {
-		got := s.Src[s.Start[u]:s.Start[u+1]]
-		if len(got) != len(want[d]) {
-			t.Fatalf("row %d: sources %v, expected %v", d, got, want[d])
-		}
-		for i := range got {
-			if got[i] != want[d][i] {
-				t.Errorf("row %d: sources %v, expected %v", d, got, want[d])
-			}
-		}
-	}
-}

@@ -67,36 +67,37 @@ func TestStateRoundTrip(t *testing.T) {
 
 var update = flag.Bool("update", false, "write testdata anew")
 
-// TestStateV1 reads a frozen state file, which every later version must be able
-// to, and writes the same bytes. -update makes the file; once released it stays.
-func TestStateV1(t *testing.T) {
-	opt := trainOptions()
-	opt.Reference = true
-	m := load(t, newDevice(t), randomSource(t, tinyStateModel, 1), opt)
-	const path = "testdata/v1/state.bin"
-	if *update {
-		train(t, m, 2)
-		var buf bytes.Buffer
-		if err := m.SaveState(&buf); err != nil {
+// TestFrozenStates reads frozen state files, which every later version must be able
+// to, and writes the same bytes. -update makes the files; once released they stay.
+func TestFrozenStates(t *testing.T) {
+	for name, opt := range map[string]model.Options{"state.bin": trainOptions(), "state_compact.bin": formats()["compact moments"]} {
+		opt.Reference = true
+		m := load(t, newDevice(t), randomSource(t, tinyStateModel, 1), opt)
+		path := "testdata/v1/" + name
+		if *update {
+			train(t, m, 2)
+			var buf bytes.Buffer
+			if err := m.SaveState(&buf); err != nil {
+				t.Fatal(err)
+			}
+			if err := os.WriteFile(path, buf.Bytes(), 0o644); err != nil {
+				t.Fatal(err)
+			}
+		}
+		frozen, err := os.ReadFile(path)
+		if err != nil {
 			t.Fatal(err)
 		}
-		if err := os.WriteFile(path, buf.Bytes(), 0o644); err != nil {
+		if err := m.LoadState(bytes.NewReader(frozen)); err != nil {
+			t.Fatalf("%s: %v", name, err)
+		}
+		var again bytes.Buffer
+		if err := m.SaveState(&again); err != nil {
 			t.Fatal(err)
 		}
-	}
-	frozen, err := os.ReadFile(path)
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := m.LoadState(bytes.NewReader(frozen)); err != nil {
-		t.Fatal(err)
-	}
-	var again bytes.Buffer
-	if err := m.SaveState(&again); err != nil {
-		t.Fatal(err)
-	}
-	if m.Steps() != 2 || !bytes.Equal(frozen, again.Bytes()) {
-		t.Errorf("%d steps, expected 2 and the bytes that were read", m.Steps())
+		if m.Steps() != 2 || !bytes.Equal(frozen, again.Bytes()) {
+			t.Errorf("%s: %d steps, expected 2 and the bytes that were read", name, m.Steps())
+		}
 	}
 }
 

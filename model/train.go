@@ -162,7 +162,7 @@ func (m *Model) headBackward(h *headPass, g kernels.HeadGrad, dNorm, dx kernels.
 	drows := h.hidden
 	m.dev.RMSNormBackward(kernels.NormBackward{DX: drows, DW: dNorm, DY: g.DHidden, X: h.sum, W: m.policy.norm, Rstd: h.rstd,
 		T: h.n, D: d, Accumulate: g.Accumulate})
-	m.dev.ScatterAdd(dx, drows, m.dev.Scatter(m.arena, bucket(h.rows)), d, true)
+	m.dev.ScatterAdd(dx, drows, m.dev.Scatter(m.arena, kernels.ScatterTo(h.rows)), d, true)
 }
 
 // ZeroGrad makes the next ForwardBackward overwrite; an OptimStep straight after it sees a zero gradient.
