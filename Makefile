@@ -51,7 +51,7 @@ field-leaks: ## 500 episodes (EPISODES) with random kills of workers and of supe
 	CGO_ENABLED=0 $(GO) test -tags field -count=1 -v -timeout 30m -run TestNothingIsLeft ./secloop/field -episodes $${EPISODES:-500}
 
 bench-field: ## creation time, episodes per minute at 1, 4 and 8 in parallel, also of one-second chains
-	CGO_ENABLED=0 $(GO) test -tags field -run '^$$' -bench . -benchtime 40x ./secloop/field
+	CGO_ENABLED=0 $(GO) test -tags field -run '^$$' -bench . -benchtime 120x ./secloop/field
 
 test-interop: build venv $(SMOLLM2) ## transformers loads what trainerd published, and agrees
 	TRAINERD_SMOLLM2=$(SMOLLM2) parity/interop.sh bin/trainerd $(PY)

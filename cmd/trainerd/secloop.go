@@ -44,6 +44,7 @@ type loopEnv struct {
 	to       dial
 	device   string
 	fieldIs  string
+	pace     time.Duration // how long an attack chain takes at least, in namespaces
 	parallel int
 	timeout  time.Duration
 
@@ -109,7 +110,7 @@ func (l *loopEnv) openField() (loop.Field, func(), error) {
 		if l.parallel <= 0 {
 			l.parallel = 8
 		}
-		f, err := field.Open(field.Options{Parallel: l.parallel})
+		f, err := field.Open(field.Options{Parallel: l.parallel, Pace: l.pace})
 		if err != nil {
 			return nil, nil, err
 		}

@@ -137,6 +137,9 @@ func newSecloopRounds() *cobra.Command {
 					return fault.BadField(name, list, "numbers from 1 on")
 				}
 			}
+			if l.pace < 0 || l.pace > 0 && l.fieldIs != "namespaces" {
+				return fault.BadField("pace", l.pace, "a duration from 0 on, above 0 with --field namespaces only: a simulated attack waits for nothing")
+			}
 			l.parallel = slices.Max(envs)
 			f, closeField, err := l.openField()
 			if err != nil {
@@ -165,6 +168,7 @@ func newSecloopRounds() *cobra.Command {
 	f.IntSliceVar(&envs, "env", []int{1, 2, 4, 8}, "battle-fields at a time (N_env)")
 	f.IntVar(&repeats, "repeats", 3, "rounds of each kind")
 	f.Uint64Var(&seed, "seed", 1, "seed of incidents and strategies")
-	l.bindField(cmd)
+	f.StringVar(&l.fieldIs, "field", "sim", "sim (in memory) or namespaces (Linux, as root)")
+	f.DurationVar(&l.pace, "pace", 0, "time that an attack takes at least, its stages spread evenly (T_sim of a real battle-field)")
 	return cmd
 }

@@ -231,6 +231,7 @@ func TestSecloopRefuses(t *testing.T) {
 		{"only", []string{"sweep", "--out", t.TempDir(), "--only", "ppo"}},
 		{"no_episode", []string{"replay", t.TempDir()}},
 		{"env", []string{"rounds", "--env", "0"}},
+		{"pace", []string{"rounds", "--pace", "1s"}},
 	} {
 		_, _, err := command(t, append([]string{"secloop"}, c.args...)...)
 		if err == nil || !strings.Contains(err.Error(), c.want) && c.want != "no_episode" {
