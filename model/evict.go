@@ -3,8 +3,6 @@ package model
 import (
 	"fmt"
 
-	"gorgonia.org/tensor"
-
 	"trainerd/internal/fault"
 	"trainerd/kernels"
 )
@@ -171,8 +169,4 @@ func (m *Model) upload(dst kernels.Buffer, src hostCopy) {
 	default:
 		m.dev.Upload(dst, denseI16(src.h))
 	}
-}
-
-func denseI8(x []int8) *tensor.Dense {
-	return tensor.New(tensor.WithShape(len(x)), tensor.WithBacking(x))
 }

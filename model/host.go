@@ -20,6 +20,10 @@ func denseI16(x []int16) *tensor.Dense {
 	return tensor.New(tensor.WithShape(len(x)), tensor.WithBacking(x))
 }
 
+func denseI8(x []int8) *tensor.Dense {
+	return tensor.New(tensor.WithShape(len(x)), tensor.WithBacking(x))
+}
+
 // putF32 and putI32 upload host values to fresh scratch memory; nil stays nil.
 func (m *Model) putF32(x []float32) kernels.Buffer {
 	if x == nil {

@@ -91,29 +91,31 @@ func floats(op, name string, b kernels.Buffer, n int) []float32 {
 	return x
 }
 
-// anyFloats returns all float32 values of a buffer.
-func anyFloats(op, name string, b kernels.Buffer) []float32 {
+// own returns a buffer that must be of this device.
+func own(op, name string, b kernels.Buffer) *buffer {
 	must(b != nil, op, "%s is nil", name)
 	c, ok := b.(*buffer)
 	must(ok, op, "%s is a %T, expected a buffer of the cpu device", name, b)
+	return c
+}
+
+// anyFloats returns all float32 values of a buffer.
+func anyFloats(op, name string, b kernels.Buffer) []float32 {
+	c := own(op, name, b)
 	must(c.t == kernels.F32, op, "%s is %v, expected f32", name, c.t)
 	return c.f
 }
 
 // halves returns the bits of a BF16 buffer that must hold exactly n elements.
 func halves(op, name string, b kernels.Buffer, n int) []uint16 {
-	must(b != nil, op, "%s is nil", name)
-	c, ok := b.(*buffer)
-	must(ok, op, "%s is a %T, expected a buffer of the cpu device", name, b)
+	c := own(op, name, b)
 	must(c.t == kernels.BF16 && len(c.u) == n, op, "%s is %d %v, expected %d bf16", name, c.Len(), c.t, n)
 	return c.u
 }
 
 // codesOf returns the values of an I8 buffer that must hold exactly n elements.
 func codesOf(op, name string, b kernels.Buffer, n int) []int8 {
-	must(b != nil, op, "%s is nil", name)
-	c, ok := b.(*buffer)
-	must(ok, op, "%s is a %T, expected a buffer of the cpu device", name, b)
+	c := own(op, name, b)
 	must(c.t == kernels.I8 && len(c.b) == n, op, "%s is %d %v, expected %d i8", name, c.Len(), c.t, n)
 	return c.b
 }
@@ -128,9 +130,7 @@ func optional(op, name string, b kernels.Buffer, n int) []float32 {
 
 // ints returns the n int32 values of a buffer that must hold exactly that many.
 func ints(op, name string, b kernels.Buffer, n int) []int32 {
-	must(b != nil, op, "%s is nil", name)
-	c, ok := b.(*buffer)
-	must(ok, op, "%s is a %T, expected a buffer of the cpu device", name, b)
+	c := own(op, name, b)
 	must(c.t == kernels.I32, op, "%s is %v, expected i32", name, c.t)
 	must(n < 0 || len(c.i) == n, op, "%s holds %d elements, expected %d", name, len(c.i), n)
 	return c.i

@@ -24,9 +24,7 @@ func (d *device) SumSquares(out, x kernels.Buffer) {
 
 // gradient returns a buffer of F32 or BF16 that holds n elements, any number if n is negative.
 func gradient(op, name string, b kernels.Buffer, n int) *buffer {
-	must(b != nil, op, "%s is nil", name)
-	c, ok := b.(*buffer)
-	must(ok, op, "%s is a %T, expected a buffer of the cpu device", name, b)
+	c := own(op, name, b)
 	must(c.t == kernels.F32 || c.t == kernels.BF16, op, "%s is %v, expected f32 or bf16", name, c.t)
 	must(n < 0 || c.Len() == n, op, "%s holds %d elements, expected %d", name, c.Len(), n)
 	return c
