@@ -125,7 +125,11 @@ func (f *filter) add(r scenario.Rule, tool string) error {
 		if err := f.conn.AddSet(set, nil); err != nil {
 			return fmt.Errorf("add set: %w", err)
 		}
-		x = append(x, &expr.Payload{DestRegister: 1, Base: expr.PayloadBaseNetworkHeader, Offset: offsetSource, Len: 4},
+		// The kernel forgets a connection that has ended at its next tick only, so
+		// what nobody listens for, and ends at once, must not be counted: without
+		// a socket the rule ends at its first expression.
+		x = append(x, &expr.Socket{Key: expr.SocketKeyTransparent, Register: 1},
+			&expr.Payload{DestRegister: 1, Base: expr.PayloadBaseNetworkHeader, Offset: offsetSource, Len: 4},
 			&expr.Dynset{SrcRegKey: 1, SetName: set.Name, SetID: set.ID, Operation: unix.NFT_DYNSET_OP_ADD,
 				Exprs: []expr.Any{&expr.Connlimit{Count: uint32(r.PerSource), Flags: expr.NFT_CONNLIMIT_F_INV}}})
 	}

@@ -122,14 +122,14 @@ func (n *network) passes(src netip.Addr, dst netip.AddrPort) bool {
 	}
 	for _, out := range []bool{true, false} {
 		for i, r := range n.rules {
-			if r.Out == out && (toHost && !out || fromHost && out) && !n.accepts(i, r, src, dst.Addr(), dst.Port()) {
+			if r.Out == out && (toHost && !out || fromHost && out) && !n.accepts(i, r, src, dst) {
 				return refused(i)
 			}
 		}
 	}
 	for i, r := range n.rules {
 		back := r.Established && (fromHost && !r.Out || toHost && r.Out)
-		if back && !n.accepts(i, r, dst.Addr(), src, 0) {
+		if back && !n.accepts(i, r, dst.Addr(), netip.AddrPortFrom(src, 0)) {
 			return refused(i)
 		}
 	}
@@ -137,8 +137,8 @@ func (n *network) passes(src netip.Addr, dst netip.AddrPort) bool {
 }
 
 // accepts applies one rule to a packet; a client's port is given as 0.
-func (n *network) accepts(i int, r scenario.Rule, from, to netip.Addr, port uint16) bool {
-	if r.Src.IsValid() && r.Src != from || r.Dst.IsValid() && r.Dst != to || r.Port != 0 && r.Port != port {
+func (n *network) accepts(i int, r scenario.Rule, from netip.Addr, to netip.AddrPort) bool {
+	if r.Src.IsValid() && r.Src != from || r.Dst.IsValid() && r.Dst != to.Addr() || r.Port != 0 && r.Port != to.Port() {
 		return true
 	}
 	switch {
@@ -149,7 +149,7 @@ func (n *network) accepts(i int, r scenario.Rule, from, to netip.Addr, port uint
 		n.used[i]++
 		return true
 	case r.PerSource > 0:
-		return n.open[to][from] < r.PerSource
+		return n.listeners[to] == nil || n.open[to.Addr()][from] < r.PerSource
 	}
 	return false
 }
