@@ -4,6 +4,7 @@ package field
 
 import (
 	"context"
+	"slices"
 	"sync"
 	"testing"
 
@@ -16,14 +17,18 @@ import (
 
 // TestConnectionLimits holds the twins together where limits on open connections
 // meet connections that end at once: of every scenario, alone and in front of
-// services that are shut down or refuse.
+// services that are shut down or closed off.
 func TestConnectionLimits(t *testing.T) {
 	f := open(t, Options{Parallel: 4})
 	var wg sync.WaitGroup
 	for i, sc := range scenario.All() {
 		a := alertFor(sc, i)
 		limit := call("connection_limit", "host", a.Target, "per_source", "4")
-		for _, s := range []secloop.Strategy{limit, append(limit, call("shutdown_service", "host", a.Target)...)} {
+		for _, s := range []secloop.Strategy{
+			limit,
+			append(slices.Clip(limit), call("shutdown_service", "host", a.Target)...),
+			append(slices.Clip(limit), call("close_port", "host", a.Target, "port", "80")...),
+		} {
 			wg.Go(func() {
 				want, err := sim.Field{}.Play(context.Background(), a, s)
 				if err != nil {

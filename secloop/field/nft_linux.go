@@ -11,19 +11,29 @@ import (
 	"trainerd/secloop/scenario"
 )
 
-// filter is blue's nftables ruleset: one table with an input and an output
-// chain that accept, to which refusals are added: a refused packet is answered
+// filter is blue's nftables ruleset: one table with chains that accept, for
+// what comes in, for the limits on open connections of what came past those, and
+// for what goes out, to which refusals are added: a refused packet is answered
 // with a reset, so that nobody waits for what will not come. Rules are built from typed
 // values over netlink; no rule text exists.
 type filter struct {
-	conn    *nftables.Conn
-	table   *nftables.Table
-	in, out *nftables.Chain
-	count   [2]int                     // rules of in and out
-	refuse  map[string]*nftables.Chain // by tool: where its rules send what they refuse
-	logs    bool                       // whether refused packets are logged
-	sets    int
+	conn   *nftables.Conn
+	table  *nftables.Table
+	chains [chains]*nftables.Chain
+	count  [chains]int                // rules of each
+	refuse map[string]*nftables.Chain // by tool: where its rules send what they refuse
+	logs   bool                       // whether refused packets are logged
+	sets   int
 }
+
+// Chains. The kernel forgets a connection that has ended at its next tick only,
+// so limits count none that another rule refuses.
+const (
+	chainIn = iota
+	chainLimits
+	chainOut
+	chains
+)
 
 func newFilter(logs bool) (*filter, error) {
 	conn, err := nftables.New(nftables.AsLasting())
@@ -33,12 +43,15 @@ func newFilter(logs bool) (*filter, error) {
 	f := &filter{conn: conn, refuse: map[string]*nftables.Chain{}, logs: logs}
 	f.table = conn.AddTable(&nftables.Table{Family: nftables.TableFamilyIPv4, Name: "secloop"})
 	accept := nftables.ChainPolicyAccept
-	f.in = conn.AddChain(&nftables.Chain{Name: "in", Table: f.table, Type: nftables.ChainTypeFilter,
-		Hooknum: nftables.ChainHookInput, Priority: nftables.ChainPriorityFilter, Policy: &accept})
-	f.out = conn.AddChain(&nftables.Chain{Name: "out", Table: f.table, Type: nftables.ChainTypeFilter,
-		Hooknum: nftables.ChainHookOutput, Priority: nftables.ChainPriorityFilter, Policy: &accept})
-	for i, c := range []*nftables.Chain{f.in, f.out} { // resets always pass: they carry the filter's own answers
-		conn.AddRule(&nftables.Rule{Table: f.table, Chain: c, Exprs: []expr.Any{
+	for i, c := range [chains]nftables.Chain{
+		chainIn:     {Name: "in", Hooknum: nftables.ChainHookInput, Priority: nftables.ChainPriorityFilter},
+		chainLimits: {Name: "limits", Hooknum: nftables.ChainHookInput, Priority: nftables.ChainPriorityRef(*nftables.ChainPriorityFilter + 1)},
+		chainOut:    {Name: "out", Hooknum: nftables.ChainHookOutput, Priority: nftables.ChainPriorityFilter},
+	} {
+		c.Table, c.Type, c.Policy = f.table, nftables.ChainTypeFilter, &accept
+		f.chains[i] = conn.AddChain(&c)
+		// Resets always pass: they carry the filter's own answers.
+		conn.AddRule(&nftables.Rule{Table: f.table, Chain: f.chains[i], Exprs: []expr.Any{
 			&expr.Meta{Key: expr.MetaKeyL4PROTO, Register: 1}, &expr.Cmp{Op: expr.CmpOpEq, Register: 1, Data: []byte{unix.IPPROTO_TCP}},
 			&expr.Payload{DestRegister: 1, Base: expr.PayloadBaseTransportHeader, Offset: offsetFlags, Len: 1},
 			&expr.Bitwise{SourceRegister: 1, DestRegister: 1, Len: 1, Mask: []byte{flagRST}, Xor: []byte{0}},
@@ -90,10 +103,14 @@ func (f *filter) refusal(tool string) (*nftables.Chain, error) {
 
 // add appends a tool's rule and reads the chain back.
 func (f *filter) add(r scenario.Rule, tool string) error {
-	chain, which := f.in, 0
-	if r.Out {
-		chain, which = f.out, 1
+	which := chainIn
+	switch {
+	case r.PerSource > 0:
+		which = chainLimits
+	case r.Out:
+		which = chainOut
 	}
+	chain := f.chains[which]
 	var x []expr.Any
 	equal := func(base expr.PayloadBase, offset uint32, value []byte) {
 		x = append(x, &expr.Payload{DestRegister: 1, Base: base, Offset: offset, Len: uint32(len(value))},
@@ -125,9 +142,8 @@ func (f *filter) add(r scenario.Rule, tool string) error {
 		if err := f.conn.AddSet(set, nil); err != nil {
 			return fmt.Errorf("add set: %w", err)
 		}
-		// The kernel forgets a connection that has ended at its next tick only, so
-		// what nobody listens for, and ends at once, must not be counted: without
-		// a socket the rule ends at its first expression.
+		// Nor do they count what nobody listens for, which ends at once too:
+		// without a socket the rule ends at its first expression.
 		x = append(x, &expr.Socket{Key: expr.SocketKeyTransparent, Register: 1},
 			&expr.Payload{DestRegister: 1, Base: expr.PayloadBaseNetworkHeader, Offset: offsetSource, Len: 4},
 			&expr.Dynset{SrcRegKey: 1, SetName: set.Name, SetID: set.ID, Operation: unix.NFT_DYNSET_OP_ADD,
@@ -156,7 +172,7 @@ func (f *filter) add(r scenario.Rule, tool string) error {
 // refused is how many packets the rules have turned away, by their counters.
 func (f *filter) refused() (uint64, error) {
 	var n uint64
-	for _, chain := range []*nftables.Chain{f.in, f.out} {
+	for _, chain := range f.chains {
 		rules, err := f.conn.GetRules(f.table, chain)
 		if err != nil {
 			return 0, fmt.Errorf("read counters: %w", err)

@@ -97,7 +97,7 @@ type Rule struct {
 	Port        uint16     `json:"port,omitempty"`
 	Established bool       `json:"established,omitempty"`
 	PerHour     int        `json:"per_hour,omitempty"`   // refuse what exceeds this many new connections (burst: as many)
-	PerSource   int        `json:"per_source,omitempty"` // refuse what exceeds this many open connections of one source
+	PerSource   int        `json:"per_source,omitempty"` // refuse what exceeds this many open connections of one source, of those that enter and nothing else refuses
 }
 
 // Sysctl sets a kernel parameter of blue's namespace.

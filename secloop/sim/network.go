@@ -111,8 +111,8 @@ func (n *network) leaves(from, to netip.Addr, bytes int) int {
 
 // passes says whether the filter lets a new connection through, and counts and
 // logs those that it does not; mu is held. The filter stands at every host: it
-// looks at what a host sends, then at what comes to a host and, where a rule is
-// not about new connections only, at the answers.
+// looks at what a host sends, then at what comes to a host, limits on open
+// connections last, and, where a rule is not about new connections only, at the answers.
 func (n *network) passes(src netip.Addr, dst netip.AddrPort) bool {
 	toHost, fromHost := scenario.HostNet.Contains(dst.Addr()), scenario.HostNet.Contains(src)
 	refused := func(i int) bool {
@@ -120,9 +120,14 @@ func (n *network) passes(src netip.Addr, dst netip.AddrPort) bool {
 		n.log.Refused(netip.AddrPortFrom(src, 0), dst, n.tools[i])
 		return false
 	}
-	for _, out := range []bool{true, false} {
+	for i, r := range n.rules {
+		if r.Out && fromHost && !n.accepts(i, r, src, dst) {
+			return refused(i)
+		}
+	}
+	for _, limit := range []bool{false, true} {
 		for i, r := range n.rules {
-			if r.Out == out && (toHost && !out || fromHost && out) && !n.accepts(i, r, src, dst) {
+			if !r.Out && toHost && r.PerSource > 0 == limit && !n.accepts(i, r, src, dst) {
 				return refused(i)
 			}
 		}
