@@ -15,7 +15,7 @@ GOVULNCHECK_VERSION := v1.9.0
 MINIO_VERSION       := latest
 SMOLLM2             := $(CACHE)/smollm2/SmolLM2.gguf
 
-.PHONY: test-field test-field-real bench-field field-leaks build test test-race test-parity test-minio test-interop test-readme lint bench demo demo-control demo-seeds demo-smollm2 demo-secloop secloop-control secloop-smollm2 secloop-sweep crash soak crash-mutations faults load goldens tools venv fuzz clean
+.PHONY: test-field test-field-real bench-field field-leaks field-twins build test test-race test-parity test-minio test-interop test-readme lint bench demo demo-control demo-seeds demo-smollm2 demo-secloop secloop-control secloop-smollm2 secloop-sweep crash soak crash-mutations faults load goldens tools venv fuzz clean
 .PHONY: attack vuln test-vllm bench-delta
 .PHONY: kernels trainerd-cuda cuda-driver cuda-check cuda-emulated cuda-standin device-bundle device-dry
 
@@ -42,6 +42,9 @@ test-minio: $(CACHE)/bin/minio ## the storage suite on a real MinIO server
 
 test-field: ## battle-fields in Linux namespaces, as root; fails where namespaces are not allowed
 	CGO_ENABLED=0 $(GO) test -tags field -count=1 -timeout 10m ./secloop/field
+
+field-twins: ## 4000 (PAIRS) random incidents and strategies, newly drawn, twice in namespaces and in the simulator: no difference
+	CGO_ENABLED=0 $(GO) test -tags field -count=1 -v -timeout 30m -run TestRandomTwins ./secloop/field -pairs $${PAIRS:-4000} -seed 0
 
 test-field-real: ## data stores and remote login of the battle-field are Debian's redis-server and sshd; installs them where they are missing
 	test -x /usr/bin/redis-server -a -x /usr/sbin/sshd || apt-get install -y --no-install-recommends redis-server openssh-server

@@ -115,12 +115,19 @@ func TestTwins(t *testing.T) {
 	}
 }
 
-var twinPairs = flag.Int("pairs", 60, "random incidents and strategies of TestRandomTwins")
+var (
+	twinPairs = flag.Int("pairs", 60, "random incidents and strategies of TestRandomTwins")
+	twinSeed  = flag.Uint64("seed", 1, "their seed; 0 for a new one")
+)
 
 // TestRandomTwins is TestTwins for random incidents and strategies: the same
-// feedback from the simulator and, twice, from the namespaces.
+// feedback from the simulator and, twice, from the namespaces. `make field-twins`
+// runs thousands of new ones.
 func TestRandomTwins(t *testing.T) {
-	seed := uint64(time.Now().UnixNano())
+	seed := *twinSeed
+	if seed == 0 {
+		seed = uint64(time.Now().UnixNano())
+	}
 	t.Logf("seed %d", seed)
 	r := rand.New(rand.NewPCG(seed, 3))
 	f := open(t, Options{Parallel: 4})

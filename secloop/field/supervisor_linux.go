@@ -32,6 +32,7 @@ const (
 // needed is what a kernel must be able to do for a field to open.
 var needed = []scenario.Effect{
 	{Rule: &scenario.Rule{Src: scenario.Forged(0)}},
+	{Rule: &scenario.Rule{Src: scenario.Forged(0), PerSource: 1}},
 	{Shape: &scenario.Shape{Src: scenario.TrustedWWW, Rate: 8000, Burst: scenario.UploadBurst}},
 }
 
@@ -107,7 +108,7 @@ func Open(o Options) (*Field, error) {
 	if err != nil {
 		f.Close()
 		return nil, fault.New(fault.Unavailable, "no_namespaces",
-			"open battle-field: this process may not make namespaces (needs root or CAP_SYS_ADMIN, CAP_NET_ADMIN, veth, nftables, and of tc tbf, htb and u32); use secloop/sim: %w", err)
+			"open battle-field: this process may not make namespaces (needs root or CAP_SYS_ADMIN, CAP_NET_ADMIN, veth, nftables with socket and connlimit, and of tc tbf, htb and u32); use secloop/sim: %w", err)
 	}
 	for range warmers(o.Parallel) {
 		f.work.Go(f.warmer)
