@@ -46,7 +46,7 @@ func TestIngest(t *testing.T) {
 		if all := 1e3 / r.MBsCore; math.Abs(sum-all) > 1e-6*all {
 			t.Errorf("stages and rest sum to %v ns a byte, expected %v", sum, all)
 		}
-		for _, name := range []string{"hash", "decode and validate", "assemble", "prepare a step"} {
+		for _, name := range []string{"mark", "decode and validate", "assemble", "prepare a step"} {
 			if !names[name] {
 				t.Errorf("no stage %q", name)
 			}

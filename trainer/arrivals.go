@@ -33,7 +33,7 @@ type arrival struct {
 	batch  *rollout.Batch
 	body   []byte
 	key    string
-	digest string
+	digest string // mark of the body, "" without a key
 
 	meta rolloutMeta
 	seq  uint64
@@ -119,7 +119,7 @@ func (j *Job) round(batches []*arrival) {
 	}
 	for _, a := range batches {
 		var known bool
-		if a.receipt, known, a.err = j.acceptedBefore(a.key, a.digest); known || a.err != nil {
+		if a.receipt, known, a.err = j.acceptedBefore(a.key, a.body); known || a.err != nil {
 			continue
 		}
 		if a.meta, a.err = j.check(a.ctx, a.batch, a.digest, ahead); a.err != nil {

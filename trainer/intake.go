@@ -2,8 +2,6 @@ package trainer
 
 import (
 	"context"
-	"crypto/sha256"
-	"encoding/hex"
 	"encoding/json"
 	"fmt"
 	"math"
@@ -29,7 +27,7 @@ const (
 
 // rolloutMeta is what a spool record says besides the body.
 type rolloutMeta struct {
-	Digest     string    `json:"digest"` // SHA-256 of the body
+	Digest     string    `json:"digest,omitempty"` // mark of the body, when it came with a key
 	Received   time.Time `json:"received"`
 	PolicyStep int64     `json:"policy_step"` // as answered
 	Step       int64     `json:"step"`
@@ -54,7 +52,7 @@ type Receipt struct {
 
 // accepted remembers what an idempotency key was used for.
 type accepted struct {
-	digest  string
+	digest  string // mark of the body
 	receipt Receipt
 }
 
@@ -64,9 +62,7 @@ type accepted struct {
 func (j *Job) Submit(ctx context.Context, body []byte, key string) (r Receipt, err error) {
 	ctx, end := j.span(ctx, "accept", attribute.Int("trainerd.bytes", len(body)))
 	defer end(&err)
-	sum := sha256.Sum256(body)
-	digest := hex.EncodeToString(sum[:])
-	if r, known, err := j.acceptedBefore(key, digest); known || err != nil {
+	if r, known, err := j.acceptedBefore(key, body); known || err != nil {
 		return r, err
 	}
 	schema, limits, err := j.admission("accept rollouts")
@@ -79,7 +75,11 @@ func (j *Job) Submit(ctx context.Context, body []byte, key string) (r Receipt, e
 	}
 	batch.Received = time.Now().UTC()
 
-	return j.arrive(&arrival{ctx: ctx, batch: batch, body: body, key: key, digest: digest})
+	a := &arrival{ctx: ctx, batch: batch, body: body, key: key}
+	if key != "" {
+		a.digest = markOf(body)
+	}
+	return j.arrive(a)
 }
 
 // appendBatch writes a batch to the spool.
@@ -91,18 +91,18 @@ func (j *Job) appendBatch(ctx context.Context, r spool.Record) (seq uint64, err 
 	return seq, err
 }
 
-// acceptedBefore looks an idempotency key up.
-func (j *Job) acceptedBefore(key, digest string) (Receipt, bool, error) {
+// acceptedBefore looks an idempotency key up, and whether it came with this body.
+func (j *Job) acceptedBefore(key string, body []byte) (Receipt, bool, error) {
 	if key == "" {
 		return Receipt{}, false, nil
 	}
 	j.mu.Lock()
-	defer j.mu.Unlock()
 	a, ok := j.keys.get(key)
+	j.mu.Unlock()
 	if !ok {
 		return Receipt{}, false, nil
 	}
-	if a.digest != digest {
+	if !marks(a.digest, body) {
 		return Receipt{}, true, keyReused(key)
 	}
 	return a.receipt, true, nil
