@@ -1967,6 +1967,429 @@ done:
 	VZEROUPPER
 	RET
 
+// func addGrad2(n int, dst *uint16, src *float32, index uint32, keyA uint32, keyB uint32)
+// Requires: AVX, AVX2
+TEXT ·addGrad2(SB), NOSPLIT, $0-36
+	MOVQ         n+0(FP), AX
+	MOVQ         dst+8(FP), CX
+	MOVQ         src+16(FP), DX
+	VBROADCASTSS index+24(FP), Y0
+	VBROADCASTSS keyA+28(FP), Y1
+	VBROADCASTSS keyB+32(FP), Y2
+	VPADDD       iota16<>+0(SB), Y0, Y0
+
+loop:
+	CMPQ         AX, $0x08
+	JL           done
+	VXORPS       Y1, Y0, Y3
+	VPADDD       const_lanes2<>+0(SB), Y0, Y0
+	VPSRLD       $0x10, Y3, Y4
+	VXORPS       Y4, Y3, Y3
+	VPMULLD      const_mixA<>+0(SB), Y3, Y3
+	VPSRLD       $0x0f, Y3, Y4
+	VXORPS       Y4, Y3, Y3
+	VPADDD       Y2, Y3, Y3
+	VPMULLD      const_mixB<>+0(SB), Y3, Y3
+	VPSRLD       $0x10, Y3, Y4
+	VXORPS       Y4, Y3, Y3
+	VPSRLD       $0x10, Y3, Y3
+	VPMOVZXWD    (CX), Y4
+	VPSLLD       $0x10, Y4, Y4
+	VMOVUPS      (DX), Y5
+	VADDPS       Y5, Y4, Y4
+	VPADDD       Y4, Y3, Y3
+	VSUBPS       Y4, Y4, Y5
+	VCMPPS       $0x03, Y4, Y4, Y6
+	VANDPS       const_bfQuiet<>+0(SB), Y6, Y6
+	VORPS        Y6, Y4, Y4
+	VCMPPS       $0x07, Y5, Y5, Y5
+	VBLENDVPS    Y5, Y3, Y4, Y4
+	VPSRLD       $0x10, Y4, Y4
+	VEXTRACTI128 $0x01, Y4, X3
+	VPACKUSDW    X3, X4, X3
+	VMOVDQU      X3, (CX)
+	ADDQ         $0x10, CX
+	ADDQ         $0x20, DX
+	SUBQ         $0x08, AX
+	JMP          loop
+
+done:
+	VZEROUPPER
+	RET
+
+DATA iota16<>+0(SB)/4, $0x00000000
+DATA iota16<>+4(SB)/4, $0x00000001
+DATA iota16<>+8(SB)/4, $0x00000002
+DATA iota16<>+12(SB)/4, $0x00000003
+DATA iota16<>+16(SB)/4, $0x00000004
+DATA iota16<>+20(SB)/4, $0x00000005
+DATA iota16<>+24(SB)/4, $0x00000006
+DATA iota16<>+28(SB)/4, $0x00000007
+DATA iota16<>+32(SB)/4, $0x00000008
+DATA iota16<>+36(SB)/4, $0x00000009
+DATA iota16<>+40(SB)/4, $0x0000000a
+DATA iota16<>+44(SB)/4, $0x0000000b
+DATA iota16<>+48(SB)/4, $0x0000000c
+DATA iota16<>+52(SB)/4, $0x0000000d
+DATA iota16<>+56(SB)/4, $0x0000000e
+DATA iota16<>+60(SB)/4, $0x0000000f
+GLOBL iota16<>(SB), RODATA|NOPTR, $64
+
+DATA const_lanes2<>+0(SB)/4, $0x00000008
+DATA const_lanes2<>+4(SB)/4, $0x00000008
+DATA const_lanes2<>+8(SB)/4, $0x00000008
+DATA const_lanes2<>+12(SB)/4, $0x00000008
+DATA const_lanes2<>+16(SB)/4, $0x00000008
+DATA const_lanes2<>+20(SB)/4, $0x00000008
+DATA const_lanes2<>+24(SB)/4, $0x00000008
+DATA const_lanes2<>+28(SB)/4, $0x00000008
+DATA const_lanes2<>+32(SB)/4, $0x00000008
+DATA const_lanes2<>+36(SB)/4, $0x00000008
+DATA const_lanes2<>+40(SB)/4, $0x00000008
+DATA const_lanes2<>+44(SB)/4, $0x00000008
+DATA const_lanes2<>+48(SB)/4, $0x00000008
+DATA const_lanes2<>+52(SB)/4, $0x00000008
+DATA const_lanes2<>+56(SB)/4, $0x00000008
+DATA const_lanes2<>+60(SB)/4, $0x00000008
+GLOBL const_lanes2<>(SB), RODATA|NOPTR, $64
+
+DATA const_mixA<>+0(SB)/4, $0x7feb352d
+DATA const_mixA<>+4(SB)/4, $0x7feb352d
+DATA const_mixA<>+8(SB)/4, $0x7feb352d
+DATA const_mixA<>+12(SB)/4, $0x7feb352d
+DATA const_mixA<>+16(SB)/4, $0x7feb352d
+DATA const_mixA<>+20(SB)/4, $0x7feb352d
+DATA const_mixA<>+24(SB)/4, $0x7feb352d
+DATA const_mixA<>+28(SB)/4, $0x7feb352d
+DATA const_mixA<>+32(SB)/4, $0x7feb352d
+DATA const_mixA<>+36(SB)/4, $0x7feb352d
+DATA const_mixA<>+40(SB)/4, $0x7feb352d
+DATA const_mixA<>+44(SB)/4, $0x7feb352d
+DATA const_mixA<>+48(SB)/4, $0x7feb352d
+DATA const_mixA<>+52(SB)/4, $0x7feb352d
+DATA const_mixA<>+56(SB)/4, $0x7feb352d
+DATA const_mixA<>+60(SB)/4, $0x7feb352d
+GLOBL const_mixA<>(SB), RODATA|NOPTR, $64
+
+DATA const_mixB<>+0(SB)/4, $0x846ca68b
+DATA const_mixB<>+4(SB)/4, $0x846ca68b
+DATA const_mixB<>+8(SB)/4, $0x846ca68b
+DATA const_mixB<>+12(SB)/4, $0x846ca68b
+DATA const_mixB<>+16(SB)/4, $0x846ca68b
+DATA const_mixB<>+20(SB)/4, $0x846ca68b
+DATA const_mixB<>+24(SB)/4, $0x846ca68b
+DATA const_mixB<>+28(SB)/4, $0x846ca68b
+DATA const_mixB<>+32(SB)/4, $0x846ca68b
+DATA const_mixB<>+36(SB)/4, $0x846ca68b
+DATA const_mixB<>+40(SB)/4, $0x846ca68b
+DATA const_mixB<>+44(SB)/4, $0x846ca68b
+DATA const_mixB<>+48(SB)/4, $0x846ca68b
+DATA const_mixB<>+52(SB)/4, $0x846ca68b
+DATA const_mixB<>+56(SB)/4, $0x846ca68b
+DATA const_mixB<>+60(SB)/4, $0x846ca68b
+GLOBL const_mixB<>(SB), RODATA|NOPTR, $64
+
+// func compactUpdate2(n int, p *float32, grad *float32, m *int8, v *uint16, fresh *float32, random *uint32, coef *float32, unit float32, index uint32, keyA uint32, keyB uint32) (peak float32, nan uint32)
+// Requires: AVX, AVX2
+TEXT ·compactUpdate2(SB), NOSPLIT, $0-88
+	MOVQ         n+0(FP), AX
+	MOVQ         p+8(FP), CX
+	MOVQ         grad+16(FP), DX
+	MOVQ         m+24(FP), BX
+	MOVQ         v+32(FP), SI
+	MOVQ         fresh+40(FP), DI
+	MOVQ         random+48(FP), R8
+	MOVQ         coef+56(FP), R9
+	VBROADCASTSS index+68(FP), Y0
+	VBROADCASTSS keyA+72(FP), Y1
+	VBROADCASTSS keyB+76(FP), Y2
+	VPADDD       iota16<>+0(SB), Y0, Y0
+	VBROADCASTSS unit+64(FP), Y3
+	VXORPS       Y4, Y4, Y4
+	VXORPS       Y5, Y5, Y5
+
+loop:
+	VPMOVSXBD    (BX), Y6
+	VANDPS       const_signBit<>+0(SB), Y6, Y7
+	VPMULLD      Y6, Y6, Y6
+	VCVTDQ2PS    Y6, Y6
+	VMULPS       const_codeUnit<>+0(SB), Y6, Y6
+	VMULPS       Y6, Y6, Y6
+	VORPS        Y7, Y6, Y6
+	VMULPS       Y3, Y6, Y6
+	VBROADCASTSS 8(R9), Y7
+	VMULPS       Y7, Y6, Y6
+	VMOVUPS      (DX), Y7
+	VBROADCASTSS (R9), Y8
+	VMULPS       Y8, Y7, Y7
+	VBROADCASTSS 12(R9), Y8
+	VMULPS       Y8, Y7, Y8
+	VADDPS       Y8, Y6, Y6
+	VMOVUPS      Y6, (DI)
+	VCMPPS       $0x03, Y6, Y6, Y8
+	VORPS        Y8, Y5, Y5
+	VANDPS       const_absBits<>+0(SB), Y6, Y8
+	VMAXPS       Y8, Y4, Y4
+	VPMOVZXWD    (SI), Y9
+	VPSLLD       $0x10, Y9, Y9
+	VBROADCASTSS 16(R9), Y8
+	VMULPS       Y8, Y9, Y9
+	VBROADCASTSS 20(R9), Y8
+	VMULPS       Y8, Y7, Y8
+	VMULPS       Y7, Y8, Y8
+	VADDPS       Y8, Y9, Y9
+	VXORPS       Y1, Y0, Y7
+	VPADDD       const_lanes2<>+0(SB), Y0, Y0
+	VPSRLD       $0x10, Y7, Y8
+	VXORPS       Y8, Y7, Y7
+	VPMULLD      const_mixA<>+0(SB), Y7, Y7
+	VPSRLD       $0x0f, Y7, Y8
+	VXORPS       Y8, Y7, Y7
+	VPADDD       Y2, Y7, Y7
+	VPMULLD      const_mixB<>+0(SB), Y7, Y7
+	VPSRLD       $0x10, Y7, Y8
+	VXORPS       Y8, Y7, Y7
+	VMOVUPS      Y7, (R8)
+	VANDPS       const_lowHalf<>+0(SB), Y7, Y7
+	VPADDD       Y9, Y7, Y7
+	VPSRLD       $0x10, Y7, Y7
+	VEXTRACTI128 $0x01, Y7, X8
+	VPACKUSDW    X8, X7, X8
+	VMOVDQU      X8, (SI)
+	VSQRTPS      Y9, Y9
+	VBROADCASTSS 28(R9), Y7
+	VMULPS       Y7, Y9, Y9
+	VBROADCASTSS 32(R9), Y7
+	VADDPS       Y7, Y9, Y9
+	VBROADCASTSS 24(R9), Y7
+	VMULPS       Y7, Y6, Y6
+	VDIVPS       Y9, Y6, Y6
+	VMOVUPS      (CX), Y7
+	VBROADCASTSS 4(R9), Y8
+	VMULPS       Y8, Y7, Y7
+	VSUBPS       Y6, Y7, Y7
+	VMOVUPS      Y7, (CX)
+	ADDQ         $0x00000020, CX
+	ADDQ         $0x00000020, DX
+	ADDQ         $0x00000008, BX
+	ADDQ         $0x00000010, SI
+	ADDQ         $0x00000020, DI
+	ADDQ         $0x00000020, R8
+	SUBQ         $0x00000008, AX
+	JNZ          loop
+	VMOVMSKPS    Y5, AX
+	MOVL         AX, nan+84(FP)
+	VEXTRACTF128 $0x01, Y4, X0
+	VMAXPS       X0, X4, X4
+	VMOVHLPS     X4, X4, X0
+	VMAXPS       X0, X4, X4
+	VMOVSHDUP    X4, X0
+	VMAXPS       X0, X4, X4
+	VMOVSS       X4, peak+80(FP)
+	VZEROUPPER
+	RET
+
+DATA const_signBit<>+0(SB)/4, $0x80000000
+DATA const_signBit<>+4(SB)/4, $0x80000000
+DATA const_signBit<>+8(SB)/4, $0x80000000
+DATA const_signBit<>+12(SB)/4, $0x80000000
+DATA const_signBit<>+16(SB)/4, $0x80000000
+DATA const_signBit<>+20(SB)/4, $0x80000000
+DATA const_signBit<>+24(SB)/4, $0x80000000
+DATA const_signBit<>+28(SB)/4, $0x80000000
+DATA const_signBit<>+32(SB)/4, $0x80000000
+DATA const_signBit<>+36(SB)/4, $0x80000000
+DATA const_signBit<>+40(SB)/4, $0x80000000
+DATA const_signBit<>+44(SB)/4, $0x80000000
+DATA const_signBit<>+48(SB)/4, $0x80000000
+DATA const_signBit<>+52(SB)/4, $0x80000000
+DATA const_signBit<>+56(SB)/4, $0x80000000
+DATA const_signBit<>+60(SB)/4, $0x80000000
+GLOBL const_signBit<>(SB), RODATA|NOPTR, $64
+
+DATA const_codeUnit<>+0(SB)/4, $0x38820610
+DATA const_codeUnit<>+4(SB)/4, $0x38820610
+DATA const_codeUnit<>+8(SB)/4, $0x38820610
+DATA const_codeUnit<>+12(SB)/4, $0x38820610
+DATA const_codeUnit<>+16(SB)/4, $0x38820610
+DATA const_codeUnit<>+20(SB)/4, $0x38820610
+DATA const_codeUnit<>+24(SB)/4, $0x38820610
+DATA const_codeUnit<>+28(SB)/4, $0x38820610
+DATA const_codeUnit<>+32(SB)/4, $0x38820610
+DATA const_codeUnit<>+36(SB)/4, $0x38820610
+DATA const_codeUnit<>+40(SB)/4, $0x38820610
+DATA const_codeUnit<>+44(SB)/4, $0x38820610
+DATA const_codeUnit<>+48(SB)/4, $0x38820610
+DATA const_codeUnit<>+52(SB)/4, $0x38820610
+DATA const_codeUnit<>+56(SB)/4, $0x38820610
+DATA const_codeUnit<>+60(SB)/4, $0x38820610
+GLOBL const_codeUnit<>(SB), RODATA|NOPTR, $64
+
+DATA const_absBits<>+0(SB)/4, $0x7fffffff
+DATA const_absBits<>+4(SB)/4, $0x7fffffff
+DATA const_absBits<>+8(SB)/4, $0x7fffffff
+DATA const_absBits<>+12(SB)/4, $0x7fffffff
+DATA const_absBits<>+16(SB)/4, $0x7fffffff
+DATA const_absBits<>+20(SB)/4, $0x7fffffff
+DATA const_absBits<>+24(SB)/4, $0x7fffffff
+DATA const_absBits<>+28(SB)/4, $0x7fffffff
+DATA const_absBits<>+32(SB)/4, $0x7fffffff
+DATA const_absBits<>+36(SB)/4, $0x7fffffff
+DATA const_absBits<>+40(SB)/4, $0x7fffffff
+DATA const_absBits<>+44(SB)/4, $0x7fffffff
+DATA const_absBits<>+48(SB)/4, $0x7fffffff
+DATA const_absBits<>+52(SB)/4, $0x7fffffff
+DATA const_absBits<>+56(SB)/4, $0x7fffffff
+DATA const_absBits<>+60(SB)/4, $0x7fffffff
+GLOBL const_absBits<>(SB), RODATA|NOPTR, $64
+
+DATA const_lowHalf<>+0(SB)/4, $0x0000ffff
+DATA const_lowHalf<>+4(SB)/4, $0x0000ffff
+DATA const_lowHalf<>+8(SB)/4, $0x0000ffff
+DATA const_lowHalf<>+12(SB)/4, $0x0000ffff
+DATA const_lowHalf<>+16(SB)/4, $0x0000ffff
+DATA const_lowHalf<>+20(SB)/4, $0x0000ffff
+DATA const_lowHalf<>+24(SB)/4, $0x0000ffff
+DATA const_lowHalf<>+28(SB)/4, $0x0000ffff
+DATA const_lowHalf<>+32(SB)/4, $0x0000ffff
+DATA const_lowHalf<>+36(SB)/4, $0x0000ffff
+DATA const_lowHalf<>+40(SB)/4, $0x0000ffff
+DATA const_lowHalf<>+44(SB)/4, $0x0000ffff
+DATA const_lowHalf<>+48(SB)/4, $0x0000ffff
+DATA const_lowHalf<>+52(SB)/4, $0x0000ffff
+DATA const_lowHalf<>+56(SB)/4, $0x0000ffff
+DATA const_lowHalf<>+60(SB)/4, $0x0000ffff
+GLOBL const_lowHalf<>(SB), RODATA|NOPTR, $64
+
+// func compactCodes2(n int, m *int8, fresh *float32, random *uint32, inverse float32)
+// Requires: AVX, AVX2
+TEXT ·compactCodes2(SB), NOSPLIT, $0-36
+	MOVQ         n+0(FP), AX
+	MOVQ         m+8(FP), CX
+	MOVQ         fresh+16(FP), DX
+	MOVQ         random+24(FP), BX
+	VBROADCASTSS inverse+32(FP), Y0
+	VMOVUPS      const_oneBit<>+0(SB), Y1
+	VMOVUPS      const_topCode<>+0(SB), Y2
+	VMOVUPS      const_two16<>+0(SB), Y3
+
+loop:
+	VMOVUPS      (DX), Y4
+	VMULPS       Y0, Y4, Y5
+	VANDPS       const_absBits<>+0(SB), Y5, Y5
+	VSQRTPS      Y5, Y6
+	VSQRTPS      Y6, Y6
+	VCVTTPS2DQ   Y6, Y6
+	VPCMPGTD     Y6, Y2, Y7
+	VPMINSD      Y2, Y6, Y6
+	VPMULLD      Y6, Y6, Y8
+	VCVTDQ2PS    Y8, Y10
+	VMULPS       Y10, Y10, Y10
+	VPADDD       Y6, Y8, Y8
+	VPADDD       Y8, Y8, Y8
+	VPADDD       Y1, Y8, Y8
+	VPADDD       Y6, Y6, Y9
+	VPADDD       Y1, Y9, Y9
+	VPMULLD      Y8, Y9, Y9
+	VCVTDQ2PS    Y9, Y9
+	VSUBPS       Y10, Y5, Y5
+	VDIVPS       Y9, Y5, Y5
+	VMULPS       Y3, Y5, Y5
+	VMOVUPS      (BX), Y8
+	VPSRLD       $0x10, Y8, Y8
+	VCVTDQ2PS    Y8, Y8
+	VADDPS       const_half<>+0(SB), Y8, Y8
+	VCMPPS       $0x01, Y5, Y8, Y8
+	VANDPS       Y8, Y7, Y7
+	VPSUBD       Y7, Y6, Y6
+	VPSRAD       $0x1f, Y4, Y4
+	VXORPS       Y4, Y6, Y6
+	VPSUBD       Y4, Y6, Y6
+	VANDPS       const_lowByte<>+0(SB), Y6, Y6
+	VEXTRACTI128 $0x01, Y6, X4
+	VPACKUSDW    X4, X6, X4
+	VPACKUSWB    X4, X4, X4
+	VMOVQ        X4, (CX)
+	ADDQ         $0x00000008, CX
+	ADDQ         $0x00000020, DX
+	ADDQ         $0x00000020, BX
+	SUBQ         $0x00000008, AX
+	JNZ          loop
+	VZEROUPPER
+	RET
+
+DATA const_topCode<>+0(SB)/4, $0x0000007f
+DATA const_topCode<>+4(SB)/4, $0x0000007f
+DATA const_topCode<>+8(SB)/4, $0x0000007f
+DATA const_topCode<>+12(SB)/4, $0x0000007f
+DATA const_topCode<>+16(SB)/4, $0x0000007f
+DATA const_topCode<>+20(SB)/4, $0x0000007f
+DATA const_topCode<>+24(SB)/4, $0x0000007f
+DATA const_topCode<>+28(SB)/4, $0x0000007f
+DATA const_topCode<>+32(SB)/4, $0x0000007f
+DATA const_topCode<>+36(SB)/4, $0x0000007f
+DATA const_topCode<>+40(SB)/4, $0x0000007f
+DATA const_topCode<>+44(SB)/4, $0x0000007f
+DATA const_topCode<>+48(SB)/4, $0x0000007f
+DATA const_topCode<>+52(SB)/4, $0x0000007f
+DATA const_topCode<>+56(SB)/4, $0x0000007f
+DATA const_topCode<>+60(SB)/4, $0x0000007f
+GLOBL const_topCode<>(SB), RODATA|NOPTR, $64
+
+DATA const_two16<>+0(SB)/4, $0x47800000
+DATA const_two16<>+4(SB)/4, $0x47800000
+DATA const_two16<>+8(SB)/4, $0x47800000
+DATA const_two16<>+12(SB)/4, $0x47800000
+DATA const_two16<>+16(SB)/4, $0x47800000
+DATA const_two16<>+20(SB)/4, $0x47800000
+DATA const_two16<>+24(SB)/4, $0x47800000
+DATA const_two16<>+28(SB)/4, $0x47800000
+DATA const_two16<>+32(SB)/4, $0x47800000
+DATA const_two16<>+36(SB)/4, $0x47800000
+DATA const_two16<>+40(SB)/4, $0x47800000
+DATA const_two16<>+44(SB)/4, $0x47800000
+DATA const_two16<>+48(SB)/4, $0x47800000
+DATA const_two16<>+52(SB)/4, $0x47800000
+DATA const_two16<>+56(SB)/4, $0x47800000
+DATA const_two16<>+60(SB)/4, $0x47800000
+GLOBL const_two16<>(SB), RODATA|NOPTR, $64
+
+DATA const_half<>+0(SB)/4, $0x3f000000
+DATA const_half<>+4(SB)/4, $0x3f000000
+DATA const_half<>+8(SB)/4, $0x3f000000
+DATA const_half<>+12(SB)/4, $0x3f000000
+DATA const_half<>+16(SB)/4, $0x3f000000
+DATA const_half<>+20(SB)/4, $0x3f000000
+DATA const_half<>+24(SB)/4, $0x3f000000
+DATA const_half<>+28(SB)/4, $0x3f000000
+DATA const_half<>+32(SB)/4, $0x3f000000
+DATA const_half<>+36(SB)/4, $0x3f000000
+DATA const_half<>+40(SB)/4, $0x3f000000
+DATA const_half<>+44(SB)/4, $0x3f000000
+DATA const_half<>+48(SB)/4, $0x3f000000
+DATA const_half<>+52(SB)/4, $0x3f000000
+DATA const_half<>+56(SB)/4, $0x3f000000
+DATA const_half<>+60(SB)/4, $0x3f000000
+GLOBL const_half<>(SB), RODATA|NOPTR, $64
+
+DATA const_lowByte<>+0(SB)/4, $0x000000ff
+DATA const_lowByte<>+4(SB)/4, $0x000000ff
+DATA const_lowByte<>+8(SB)/4, $0x000000ff
+DATA const_lowByte<>+12(SB)/4, $0x000000ff
+DATA const_lowByte<>+16(SB)/4, $0x000000ff
+DATA const_lowByte<>+20(SB)/4, $0x000000ff
+DATA const_lowByte<>+24(SB)/4, $0x000000ff
+DATA const_lowByte<>+28(SB)/4, $0x000000ff
+DATA const_lowByte<>+32(SB)/4, $0x000000ff
+DATA const_lowByte<>+36(SB)/4, $0x000000ff
+DATA const_lowByte<>+40(SB)/4, $0x000000ff
+DATA const_lowByte<>+44(SB)/4, $0x000000ff
+DATA const_lowByte<>+48(SB)/4, $0x000000ff
+DATA const_lowByte<>+52(SB)/4, $0x000000ff
+DATA const_lowByte<>+56(SB)/4, $0x000000ff
+DATA const_lowByte<>+60(SB)/4, $0x000000ff
+GLOBL const_lowByte<>(SB), RODATA|NOPTR, $64
+
 // func dot512(n int, x *float32, y *float32) (sum float32)
 // Requires: AVX, AVX512F, BMI2
 TEXT ·dot512(SB), NOSPLIT, $0-28
@@ -3581,5 +4004,310 @@ tail:
 	VMOVUPS     Z0, K1, (CX)
 
 done:
+	VZEROUPPER
+	RET
+
+// func addGrad512(n int, dst *uint16, src *float32, index uint32, keyA uint32, keyB uint32)
+// Requires: AVX, AVX512DQ, AVX512F, BMI2
+TEXT ·addGrad512(SB), NOSPLIT, $0-36
+	MOVQ         n+0(FP), AX
+	MOVQ         dst+8(FP), CX
+	MOVQ         src+16(FP), DX
+	VBROADCASTSS index+24(FP), Z0
+	VBROADCASTSS keyA+28(FP), Z1
+	VBROADCASTSS keyB+32(FP), Z2
+	VPADDD       iota16<>+0(SB), Z0, Z0
+
+group:
+	CMPQ      AX, $0x00000020
+	JL        single
+	VXORPS    Z1, Z0, Z3
+	VPADDD    const_lanes512<>+0(SB), Z0, Z0
+	VPSRLD    $0x10, Z3, Z4
+	VXORPS    Z4, Z3, Z3
+	VPMULLD   const_mixA<>+0(SB), Z3, Z3
+	VPSRLD    $0x0f, Z3, Z4
+	VXORPS    Z4, Z3, Z3
+	VPADDD    Z2, Z3, Z3
+	VPMULLD   const_mixB<>+0(SB), Z3, Z3
+	VPSRLD    $0x10, Z3, Z4
+	VXORPS    Z4, Z3, Z3
+	VPSRLD    $0x10, Z3, Z3
+	VPMOVZXWD (CX), Z4
+	VPSLLD    $0x10, Z4, Z4
+	VMOVUPS   (DX), Z5
+	VADDPS    Z5, Z4, Z4
+	VPADDD    Z4, Z3, Z3
+	VSUBPS    Z4, Z4, Z5
+	VCMPPS    $0x03, Z4, Z4, K1
+	VPORD     const_bfQuiet<>+0(SB), Z4, K1, Z4
+	VCMPPS    $0x07, Z5, Z5, K1
+	VMOVAPS   Z3, K1, Z4
+	VPSRLD    $0x10, Z4, Z4
+	VPMOVDW   Z4, (CX)
+	VXORPS    Z1, Z0, Z3
+	VPADDD    const_lanes512<>+0(SB), Z0, Z0
+	VPSRLD    $0x10, Z3, Z4
+	VXORPS    Z4, Z3, Z3
+	VPMULLD   const_mixA<>+0(SB), Z3, Z3
+	VPSRLD    $0x0f, Z3, Z4
+	VXORPS    Z4, Z3, Z3
+	VPADDD    Z2, Z3, Z3
+	VPMULLD   const_mixB<>+0(SB), Z3, Z3
+	VPSRLD    $0x10, Z3, Z4
+	VXORPS    Z4, Z3, Z3
+	VPSRLD    $0x10, Z3, Z3
+	VPMOVZXWD 32(CX), Z4
+	VPSLLD    $0x10, Z4, Z4
+	VMOVUPS   64(DX), Z5
+	VADDPS    Z5, Z4, Z4
+	VPADDD    Z4, Z3, Z3
+	VSUBPS    Z4, Z4, Z5
+	VCMPPS    $0x03, Z4, Z4, K1
+	VPORD     const_bfQuiet<>+0(SB), Z4, K1, Z4
+	VCMPPS    $0x07, Z5, Z5, K1
+	VMOVAPS   Z3, K1, Z4
+	VPSRLD    $0x10, Z4, Z4
+	VPMOVDW   Z4, 32(CX)
+	ADDQ      $0x00000040, CX
+	ADDQ      $0x00000080, DX
+	SUBQ      $0x00000020, AX
+	JMP       group
+
+single:
+	CMPQ      AX, $0x00000010
+	JL        tail
+	VXORPS    Z1, Z0, Z3
+	VPADDD    const_lanes512<>+0(SB), Z0, Z0
+	VPSRLD    $0x10, Z3, Z4
+	VXORPS    Z4, Z3, Z3
+	VPMULLD   const_mixA<>+0(SB), Z3, Z3
+	VPSRLD    $0x0f, Z3, Z4
+	VXORPS    Z4, Z3, Z3
+	VPADDD    Z2, Z3, Z3
+	VPMULLD   const_mixB<>+0(SB), Z3, Z3
+	VPSRLD    $0x10, Z3, Z4
+	VXORPS    Z4, Z3, Z3
+	VPSRLD    $0x10, Z3, Z3
+	VPMOVZXWD (CX), Z4
+	VPSLLD    $0x10, Z4, Z4
+	VMOVUPS   (DX), Z5
+	VADDPS    Z5, Z4, Z4
+	VPADDD    Z4, Z3, Z3
+	VSUBPS    Z4, Z4, Z5
+	VCMPPS    $0x03, Z4, Z4, K1
+	VPORD     const_bfQuiet<>+0(SB), Z4, K1, Z4
+	VCMPPS    $0x07, Z5, Z5, K1
+	VMOVAPS   Z3, K1, Z4
+	VPSRLD    $0x10, Z4, Z4
+	VPMOVDW   Z4, (CX)
+	ADDQ      $0x00000020, CX
+	ADDQ      $0x00000040, DX
+	SUBQ      $0x00000010, AX
+	JMP       single
+
+tail:
+	TESTQ       AX, AX
+	JZ          done
+	MOVL        $0xffffffff, BX
+	BZHIL       AX, BX, BX
+	KMOVW       BX, K1
+	VXORPS      Z1, Z0, Z1
+	VPADDD      const_lanes512<>+0(SB), Z0, Z0
+	VPSRLD      $0x10, Z1, Z0
+	VXORPS      Z0, Z1, Z1
+	VPMULLD     const_mixA<>+0(SB), Z1, Z1
+	VPSRLD      $0x0f, Z1, Z0
+	VXORPS      Z0, Z1, Z1
+	VPADDD      Z2, Z1, Z1
+	VPMULLD     const_mixB<>+0(SB), Z1, Z1
+	VPSRLD      $0x10, Z1, Z0
+	VXORPS      Z0, Z1, Z1
+	VPSRLD      $0x10, Z1, Z1
+	VPMOVZXWD.Z (CX), K1, Z0
+	VPSLLD      $0x10, Z0, Z0
+	VMOVUPS.Z   (DX), K1, Z2
+	VADDPS      Z2, Z0, Z0
+	VPADDD      Z0, Z1, Z1
+	VSUBPS      Z0, Z0, Z2
+	VCMPPS      $0x03, Z0, Z0, K2
+	VPORD       const_bfQuiet<>+0(SB), Z0, K2, Z0
+	VCMPPS      $0x07, Z2, Z2, K2
+	VMOVAPS     Z1, K2, Z0
+	VPSRLD      $0x10, Z0, Z0
+	VPMOVDW     Z0, K1, (CX)
+
+done:
+	VZEROUPPER
+	RET
+
+DATA const_lanes512<>+0(SB)/4, $0x00000010
+DATA const_lanes512<>+4(SB)/4, $0x00000010
+DATA const_lanes512<>+8(SB)/4, $0x00000010
+DATA const_lanes512<>+12(SB)/4, $0x00000010
+DATA const_lanes512<>+16(SB)/4, $0x00000010
+DATA const_lanes512<>+20(SB)/4, $0x00000010
+DATA const_lanes512<>+24(SB)/4, $0x00000010
+DATA const_lanes512<>+28(SB)/4, $0x00000010
+DATA const_lanes512<>+32(SB)/4, $0x00000010
+DATA const_lanes512<>+36(SB)/4, $0x00000010
+DATA const_lanes512<>+40(SB)/4, $0x00000010
+DATA const_lanes512<>+44(SB)/4, $0x00000010
+DATA const_lanes512<>+48(SB)/4, $0x00000010
+DATA const_lanes512<>+52(SB)/4, $0x00000010
+DATA const_lanes512<>+56(SB)/4, $0x00000010
+DATA const_lanes512<>+60(SB)/4, $0x00000010
+GLOBL const_lanes512<>(SB), RODATA|NOPTR, $64
+
+// func compactUpdate512(n int, p *float32, grad *float32, m *int8, v *uint16, fresh *float32, random *uint32, coef *float32, unit float32, index uint32, keyA uint32, keyB uint32) (peak float32, nan uint32)
+// Requires: AVX, AVX512DQ, AVX512F
+TEXT ·compactUpdate512(SB), NOSPLIT, $0-88
+	MOVQ         n+0(FP), AX
+	MOVQ         p+8(FP), CX
+	MOVQ         grad+16(FP), DX
+	MOVQ         m+24(FP), BX
+	MOVQ         v+32(FP), SI
+	MOVQ         fresh+40(FP), DI
+	MOVQ         random+48(FP), R8
+	MOVQ         coef+56(FP), R9
+	VBROADCASTSS index+68(FP), Z0
+	VBROADCASTSS keyA+72(FP), Z1
+	VBROADCASTSS keyB+76(FP), Z2
+	VPADDD       iota16<>+0(SB), Z0, Z0
+	VBROADCASTSS unit+64(FP), Z3
+	VPXORD       Z4, Z4, Z4
+	VBROADCASTSS (R9), Z5
+	VBROADCASTSS 4(R9), Z6
+	VBROADCASTSS 8(R9), Z7
+	VBROADCASTSS 12(R9), Z8
+	VBROADCASTSS 16(R9), Z9
+	VBROADCASTSS 20(R9), Z10
+	VBROADCASTSS 24(R9), Z11
+	VBROADCASTSS 28(R9), Z12
+	VBROADCASTSS 32(R9), Z13
+	KXORW        K1, K1, K1
+
+loop:
+	VPMOVSXBD     (BX), Z14
+	VANDPS        const_signBit<>+0(SB), Z14, Z15
+	VPMULLD       Z14, Z14, Z14
+	VCVTDQ2PS     Z14, Z14
+	VMULPS        const_codeUnit<>+0(SB), Z14, Z14
+	VMULPS        Z14, Z14, Z14
+	VORPS         Z15, Z14, Z14
+	VMULPS        Z3, Z14, Z14
+	VMULPS        Z7, Z14, Z14
+	VMOVUPS       (DX), Z15
+	VMULPS        Z5, Z15, Z15
+	VMULPS        Z8, Z15, Z16
+	VADDPS        Z16, Z14, Z14
+	VMOVUPS       Z14, (DI)
+	VCMPPS        $0x03, Z14, Z14, K2
+	KORW          K2, K1, K1
+	VANDPS        const_absBits<>+0(SB), Z14, Z16
+	VMAXPS        Z16, Z4, Z4
+	VPMOVZXWD     (SI), Z17
+	VPSLLD        $0x10, Z17, Z17
+	VMULPS        Z9, Z17, Z17
+	VMULPS        Z10, Z15, Z16
+	VMULPS        Z15, Z16, Z16
+	VADDPS        Z16, Z17, Z17
+	VXORPS        Z1, Z0, Z15
+	VPADDD        const_lanes512<>+0(SB), Z0, Z0
+	VPSRLD        $0x10, Z15, Z16
+	VXORPS        Z16, Z15, Z15
+	VPMULLD       const_mixA<>+0(SB), Z15, Z15
+	VPSRLD        $0x0f, Z15, Z16
+	VXORPS        Z16, Z15, Z15
+	VPADDD        Z2, Z15, Z15
+	VPMULLD       const_mixB<>+0(SB), Z15, Z15
+	VPSRLD        $0x10, Z15, Z16
+	VXORPS        Z16, Z15, Z15
+	VMOVUPS       Z15, (R8)
+	VANDPS        const_lowHalf<>+0(SB), Z15, Z15
+	VPADDD        Z17, Z15, Z15
+	VPSRLD        $0x10, Z15, Z15
+	VPMOVDW       Z15, (SI)
+	VSQRTPS       Z17, Z17
+	VMULPS        Z12, Z17, Z17
+	VADDPS        Z13, Z17, Z17
+	VMULPS        Z11, Z14, Z14
+	VDIVPS        Z17, Z14, Z14
+	VMOVUPS       (CX), Z15
+	VMULPS        Z6, Z15, Z15
+	VSUBPS        Z14, Z15, Z15
+	VMOVUPS       Z15, (CX)
+	ADDQ          $0x00000040, CX
+	ADDQ          $0x00000040, DX
+	ADDQ          $0x00000010, BX
+	ADDQ          $0x00000020, SI
+	ADDQ          $0x00000040, DI
+	ADDQ          $0x00000040, R8
+	SUBQ          $0x00000010, AX
+	JNZ           loop
+	KMOVW         K1, AX
+	MOVL          AX, nan+84(FP)
+	VEXTRACTF64X4 $0x01, Z4, Y0
+	VMAXPS        Y0, Y4, Y4
+	VEXTRACTF128  $0x01, Y4, X0
+	VMAXPS        X0, X4, X4
+	VMOVHLPS      X4, X4, X0
+	VMAXPS        X0, X4, X4
+	VMOVSHDUP     X4, X0
+	VMAXPS        X0, X4, X4
+	VMOVSS        X4, peak+80(FP)
+	VZEROUPPER
+	RET
+
+// func compactCodes512(n int, m *int8, fresh *float32, random *uint32, inverse float32)
+// Requires: AVX, AVX512DQ, AVX512F
+TEXT ·compactCodes512(SB), NOSPLIT, $0-36
+	MOVQ         n+0(FP), AX
+	MOVQ         m+8(FP), CX
+	MOVQ         fresh+16(FP), DX
+	MOVQ         random+24(FP), BX
+	VBROADCASTSS inverse+32(FP), Z0
+	VMOVUPS      const_oneBit<>+0(SB), Z1
+	VMOVUPS      const_topCode<>+0(SB), Z2
+	VMOVUPS      const_two16<>+0(SB), Z3
+
+loop:
+	VMOVUPS    (DX), Z4
+	VMULPS     Z0, Z4, Z5
+	VANDPS     const_absBits<>+0(SB), Z5, Z5
+	VSQRTPS    Z5, Z6
+	VSQRTPS    Z6, Z6
+	VCVTTPS2DQ Z6, Z6
+	VPCMPGTD   Z6, Z2, K1
+	VPMINSD    Z2, Z6, Z6
+	VPMULLD    Z6, Z6, Z7
+	VCVTDQ2PS  Z7, Z9
+	VMULPS     Z9, Z9, Z9
+	VPADDD     Z6, Z7, Z7
+	VPADDD     Z7, Z7, Z7
+	VPADDD     Z1, Z7, Z7
+	VPADDD     Z6, Z6, Z8
+	VPADDD     Z1, Z8, Z8
+	VPMULLD    Z7, Z8, Z8
+	VCVTDQ2PS  Z8, Z8
+	VSUBPS     Z9, Z5, Z5
+	VDIVPS     Z8, Z5, Z5
+	VMULPS     Z3, Z5, Z5
+	VMOVUPS    (BX), Z7
+	VPSRLD     $0x10, Z7, Z7
+	VCVTDQ2PS  Z7, Z7
+	VADDPS     const_half<>+0(SB), Z7, Z7
+	VCMPPS     $0x01, Z5, Z7, K2
+	KANDW      K1, K2, K2
+	VPADDD     Z1, Z6, K2, Z6
+	VPSRAD     $0x1f, Z4, Z4
+	VXORPS     Z4, Z6, Z6
+	VPSUBD     Z4, Z6, Z6
+	VPMOVDB    Z6, (CX)
+	ADDQ       $0x00000010, CX
+	ADDQ       $0x00000040, DX
+	ADDQ       $0x00000040, BX
+	SUBQ       $0x00000010, AX
+	JNZ        loop
 	VZEROUPPER
 	RET

@@ -92,6 +92,18 @@ func f16ToF322(n int, dst *float32, src *uint16) {
 	panic(noAssembly)
 }
 
+func addGrad2(n int, dst *uint16, src *float32, index uint32, keyA uint32, keyB uint32) {
+	panic(noAssembly)
+}
+
+func compactUpdate2(n int, p *float32, grad *float32, m *int8, v *uint16, fresh *float32, random *uint32, coef *float32, unit float32, index uint32, keyA uint32, keyB uint32) (peak float32, nan uint32) {
+	panic(noAssembly)
+}
+
+func compactCodes2(n int, m *int8, fresh *float32, random *uint32, inverse float32) {
+	panic(noAssembly)
+}
+
 func dot512(n int, x *float32, y *float32) (sum float32) {
 	panic(noAssembly)
 }
@@ -177,5 +189,17 @@ func f32ToF16512(n int, dst *uint16, src *float32) {
 }
 
 func f16ToF32512(n int, dst *float32, src *uint16) {
+	panic(noAssembly)
+}
+
+func addGrad512(n int, dst *uint16, src *float32, index uint32, keyA uint32, keyB uint32) {
+	panic(noAssembly)
+}
+
+func compactUpdate512(n int, p *float32, grad *float32, m *int8, v *uint16, fresh *float32, random *uint32, coef *float32, unit float32, index uint32, keyA uint32, keyB uint32) (peak float32, nan uint32) {
+	panic(noAssembly)
+}
+
+func compactCodes512(n int, m *int8, fresh *float32, random *uint32, inverse float32) {
 	panic(noAssembly)
 }

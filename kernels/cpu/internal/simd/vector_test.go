@@ -5,6 +5,8 @@ import (
 	"math"
 	"math/rand/v2"
 	"testing"
+
+	"trainerd/kernels"
 )
 
 // lengths crosses every tail of 8, 16, 32 and 64 lanes, and sumBlock.
@@ -243,7 +245,8 @@ func BenchmarkVector(b *testing.B) {
 	const n = 4096
 	x, y, z := normals(r, n), normals(r, n), normals(r, n)
 	u, v := make([]float32, n), make([]float32, n)
-	h := make([]uint16, n)
+	h, codes, scale := make([]uint16, n), make([]int8, n), make([]float32, kernels.MomentBlocks(n))
+	key := kernels.RoundingKey(1)
 	coef := NewAdamWCoef(1e-3, 0.9, 0.999, 1e-8, 0.1, 3, 1)
 	for _, c := range []struct {
 		name string
@@ -260,6 +263,8 @@ func BenchmarkVector(b *testing.B) {
 		{"SiLUMul", func() { SiLUMul(u, x, y) }},
 		{"SiLUMulBackward", func() { SiLUMulBackward(u, v, x, y, z) }},
 		{"AdamW", func() { AdamW(u, z, v, v, &coef) }},
+		{"AdamWCompact", func() { AdamWCompact(u, z, codes, scale, h, &coef, key, 0) }},
+		{"AddGrad", func() { AddGrad(h, z, key, 0) }},
 		{"F32ToBF16", func() { F32ToBF16(h, x) }},
 		{"F16ToF32", func() { F16ToF32(u, h) }},
 	} {

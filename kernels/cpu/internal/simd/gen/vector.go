@@ -30,6 +30,9 @@ func genVector() {
 		s.bf16ToF32()
 		s.f32ToF16()
 		s.f16ToF32()
+		s.addGrad()
+		s.compactUpdate()
+		s.compactCodes()
 	}
 }
 
