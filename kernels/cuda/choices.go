@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"sync/atomic"
 	"time"
 )
 
@@ -84,9 +85,11 @@ type choices struct {
 	file    string
 	log     *slog.Logger
 	here    machine
-	classes map[class]choice // timed, and kept in the file
-	shapes  map[shape]choice // in use
-	refused map[class]bool   // what the log was told about
+	classes map[class]choice                  // timed, and kept in the file
+	release string                            // of the kernel driver
+	seen    atomic.Pointer[map[string]string] // classes as Fingerprint gives them, for any goroutine
+	shapes  map[shape]choice                  // in use
+	refused map[class]bool                    // what the log was told about
 }
 
 func newChoices(o Options, model string, v versions) *choices {
@@ -94,9 +97,11 @@ func newChoices(o Options, model string, v versions) *choices {
 	if s.log == nil {
 		s.log = slog.Default()
 	}
+	s.release = driverRelease(releaseFile)
 	if s.timed {
 		s.join()
 	}
+	s.publish()
 	return s
 }
 
@@ -116,6 +121,7 @@ func (s *choices) join() {
 			s.classes[k] = c
 		}
 	}
+	s.publish()
 }
 
 // known returns the choice of a class, from the file where this process has made none.
@@ -135,6 +141,7 @@ func (s *choices) settle(k class, timed choice) choice {
 	}
 	s.classes[k] = timed
 	s.save()
+	s.publish()
 	return timed
 }
 

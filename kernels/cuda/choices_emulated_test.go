@@ -135,6 +135,47 @@ func TestTimedChoice(t *testing.T) {
 	}
 }
 
+// TestFingerprintOfBits: where the bits of products differ so do the fingerprints,
+// and the choices of a file that is lost are a difference.
+func TestFingerprintOfBits(t *testing.T) {
+	file := filepath.Join(t.TempDir(), "choices.json")
+	run := func(how string, o Options) (kernels.Fingerprint, []float32) {
+		d := behave(t, how, o)
+		bits := products(t, d)
+		return d.Fingerprint(), bits
+	}
+	timed := Options{Timed: true, Choices: file}
+	was, bits := run("cost=9,4,7,9,9,9", timed)
+	if len(was.Choices) != 3 {
+		t.Fatalf("three products are computed by %d choices: %v", len(was.Choices), was.Choices)
+	}
+	if is, again := run("cost=1,9,9,9,9,9", timed); !slices.Equal(bits, again) || is.Since(was) != nil {
+		t.Errorf("the same file: bits equal %v, differences %v", slices.Equal(bits, again), is.Since(was))
+	}
+	for _, c := range []struct {
+		name, how string
+		o         Options
+	}{
+		{"first", "", Options{}},
+		{"another version", "cost=1,9,9,9,9,9;version=140000", timed},
+		{"another file", "cost=1,9,9,9,9,9", Options{Timed: true}},
+	} {
+		is, other := run(c.how, c.o)
+		if slices.Equal(bits, other) {
+			t.Fatalf("%s: the bits are the same: this test shows nothing", c.name)
+		}
+		if is.Since(was) == nil {
+			t.Errorf("%s: other bits and the same fingerprint %+v", c.name, is)
+		}
+	}
+	if err := os.Remove(file); err != nil {
+		t.Fatal(err)
+	}
+	if fresh := behave(t, "", timed).Fingerprint(); len(fresh.Since(was)) != 3 {
+		t.Errorf("the file is lost: %v, expected all three choices", fresh.Since(was))
+	}
+}
+
 // TestFailedProduct: an error of the card is an error, not a reason to compute in another way.
 func TestFailedProduct(t *testing.T) {
 	for _, o := range []Options{{}, {Timed: true}} {

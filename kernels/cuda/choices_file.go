@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"cmp"
 	"crypto/sha256"
+	"encoding/binary"
 	"encoding/hex"
 	"encoding/json"
 	"errors"
@@ -142,20 +143,22 @@ func (e entries) choices() (map[class]choice, error) {
 	return out, nil
 }
 
+// hex writes an algorithm's 64 bytes.
+func (a algorithm) hex() string {
+	var b []byte
+	for _, x := range a {
+		b = binary.LittleEndian.AppendUint64(b, x)
+	}
+	return hex.EncodeToString(b)
+}
+
 // entries lists the choices in a fixed order.
 func (s *choices) entries() entries {
 	e := entries{machine: s.here}
 	for k, c := range s.classes {
 		p := entry{M: k.m, N: k.n, K: k.k, TransA: k.transA, TransB: k.transB, Float32: k.float32C, Bias: k.bias, Align: k.align, Algorithm: ownName, Microseconds: float64(c.took) / 1e3}
 		if !c.own {
-			var b []byte
-			for _, x := range c.algorithm {
-				for range 8 {
-					b = append(b, byte(x))
-					x >>= 8
-				}
-			}
-			p.Algorithm = hex.EncodeToString(b)
+			p.Algorithm = c.algorithm.hex()
 		}
 		e.Products = append(e.Products, p)
 	}
