@@ -28,7 +28,37 @@ type Job struct {
 	Publication  Publication   `json:"publication"`
 	Resident     bool          `json:"resident"` // the model is on the device now, not in host memory
 	LastError    *JobError     `json:"last_error"`
-	Document     json.RawMessage
+	Fingerprint  *Fingerprint  `json:"fingerprint"` // nil until the model is loaded
+	// FingerprintChanges say from when on bits may differ from those of an uninterrupted run.
+	FingerprintChanges []FingerprintChange `json:"fingerprint_changes"`
+	Document           json.RawMessage
+}
+
+// Fingerprint is what the bits of a job's steps depend on besides its state, its
+// groups and its seed; what a kind of device does not have is empty.
+type Fingerprint struct {
+	Engine        string `json:"engine"`
+	Device        string `json:"device"`
+	Card          string `json:"card"`
+	Instructions  string `json:"instructions"`
+	Driver        string `json:"driver"`
+	DriverRelease string `json:"driver_release"`
+	CublasLt      string `json:"cublaslt"`
+	Algorithms    string `json:"algorithms"`
+	Choices       int    `json:"choices"`
+	ChoicesSHA256 string `json:"choices_sha256"`
+}
+
+// FingerprintChange is that a job went on, after a step, by something else.
+type FingerprintChange struct {
+	Time      time.Time `json:"time"`
+	AfterStep int64     `json:"after_step"`
+	Changes   []struct {
+		Name string `json:"name"`
+		Was  string `json:"was"`
+		Is   string `json:"is"`
+	} `json:"changes"`
+	More int `json:"more"` // that are not listed
 }
 
 // Queue is what waits in a job.

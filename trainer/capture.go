@@ -19,12 +19,13 @@ type content struct {
 	state   func(io.Writer) error // optimizer state; nil without a snapshot
 	queue   *queueState           // that belongs to it; nil without
 	base    *baseModel            // what hf/ carries along
+	print   *fingerprint          // of the device that the weights are from
 }
 
 // onDevice is the content of a checkpoint that is read from the device while it
 // is written. Called on the device's goroutine.
 func (j *Job) onDevice(snapshot bool) *content {
-	c := &content{step: j.weights, weights: j.model.Export(), exact: true, base: j.base}
+	c := &content{step: j.weights, weights: j.model.Export(), exact: true, base: j.base, print: j.print()}
 	if snapshot {
 		c.state, c.queue = j.model.SaveState, j.captureQueue()
 	}
@@ -62,7 +63,7 @@ func (j *Job) capture(ctx context.Context, snapshot bool, raw []byte) (*content,
 	if err != nil {
 		return nil, fmt.Errorf("capture weights: %w", err)
 	}
-	c := &content{step: j.weights, weights: weights, exact: dtype == "F32", base: j.base}
+	c := &content{step: j.weights, weights: weights, exact: dtype == "F32", base: j.base, print: j.print()}
 	if snapshot {
 		values, _ := hostmem.Floats(raw, j.model.StateElements())
 		state, err := j.model.CaptureState(values)

@@ -312,9 +312,9 @@ func (s *sending) send(ctx context.Context, j *Job, c *content, parent *storage.
 			}
 		}
 	}
-	m := storage.Manifest{Engine: j.m.opts.Version, Created: time.Now().UTC(), Snapshot: c.state != nil}
-	if m.Engine == "" {
-		m.Engine = "trainerd"
+	m := storage.Manifest{Engine: j.m.engine(), Created: time.Now().UTC(), Snapshot: c.state != nil}
+	if c.print != nil {
+		m.Extra = c.print.extra()
 	}
 	if parent != nil {
 		step := parent.Step

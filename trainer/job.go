@@ -391,6 +391,9 @@ type Status struct {
 	Resident     bool          `json:"resident"`     // the model is on the device now
 	Publication  Publication   `json:"publication"`
 	LastError    *LastError    `json:"last_error"`
+
+	Fingerprint        *Fingerprint        `json:"fingerprint"`         // null until the model is loaded
+	FingerprintChanges []FingerprintChange `json:"fingerprint_changes"` // the newest last
 }
 
 // Status returns a consistent picture of the job.
@@ -405,6 +408,7 @@ func (j *Job) Status() Status {
 			GroupsTrained: c.GroupsTrained, GroupsIncomplete: c.GroupsIncomplete, GroupsRefused: c.GroupsDropped,
 			Stale: StaleCounts{Admitted: c.StaleAdmitted, Delayed: c.StaleDelayed, Rejected: c.GroupsDropped[rollout.ReasonPolicyLag]}},
 		MemoryPlan: j.plan, Publication: j.publication(), LastError: j.rec.LastError,
+		Fingerprint: j.rec.Fingerprint.shown(), FingerprintChanges: append([]FingerprintChange{}, j.rec.FingerprintChanges...),
 	}
 	if j.returning {
 		s.State = Loading // its counts are not known again yet

@@ -88,6 +88,9 @@ type jobRecord struct {
 	Paused    bool         `json:"paused"`
 	Step      int64        `json:"step"`
 	LastError *LastError   `json:"last_error,omitempty"`
+	// Fingerprint is of the newest opening of the device; nil in records of older versions.
+	Fingerprint        *fingerprint        `json:"fingerprint,omitempty"`
+	FingerprintChanges []FingerprintChange `json:"fingerprint_changes,omitempty"`
 }
 
 // Metrics are a step's numbers. What is not finite is null in JSON, which has no name for it.

@@ -223,6 +223,9 @@ func (j *Job) place(ctx context.Context, base *baseModel, snap *storage.Manifest
 		if j.engine, err = sagrpo.NewEngine(j.model, set); err != nil {
 			return err
 		}
+		if err := j.recognise(dev, j.weights); err != nil {
+			return err
+		}
 		j.base = base
 		plan := MemoryPlan{Plan: j.model.Plan(), Recompute: base.options.Recompute.String(), RecomputeMore: base.options.RecomputeMore}
 		j.mu.Lock()

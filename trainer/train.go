@@ -336,7 +336,7 @@ func (j *Job) record(rec StepRecord) error {
 		return context.Canceled
 	}
 	job := j.rec
-	job.Step = rec.Step
+	job.Step, job.Fingerprint = rec.Step, j.refresh(job.Fingerprint)
 	crashpoint.Reach("step.before_record")
 	if err := j.m.db.putJob(job, &rec); err != nil {
 		return j.m.disk.fault("records_unavailable", fmt.Sprintf("record step %d", rec.Step), err)
