@@ -72,7 +72,7 @@ func ingestStages(ctx context.Context, o IngestOptions, body bodyTemplate) ([]In
 	}
 	var batch *rollout.Batch
 	decode := func(int) (err error) {
-		batch, err = arrowio.DecodeBytes(body.bytes, schema, limits)
+		batch, _, err = arrowio.DecodeInPlace(body.bytes, schema, limits)
 		return err
 	}
 	if err := run("decode and validate", true, nil, decode); err != nil {

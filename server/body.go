@@ -54,7 +54,8 @@ func (s *Server) readBody(c echo.Context, limit int64, into []byte) ([]byte, err
 }
 
 // firstBuffer is how much is allocated on the word of a Content-Length alone.
-const firstBuffer = 1 << 20
+// Most bodies fit, and are read to where they stay.
+const firstBuffer = 4 << 20
 
 // readAll reads r to its end into the memory of into, which it may replace. It
 // allocates no more than firstBuffer or twice what has arrived. declared is how
@@ -82,8 +83,9 @@ func readAll(into []byte, r io.Reader, declared int64) ([]byte, error) {
 	}
 }
 
-// bodies keeps the memory of bodies that have been worked on for those that
-// follow: a body is large, and fresh memory costs as much as receiving it.
+// bodies keeps the memory of bodies that have been worked on, and in which no
+// queued row lies, for those that follow: a body is large, and fresh memory costs
+// as much as receiving it.
 type bodies struct{ pool sync.Pool }
 
 func (p *bodies) take() []byte {

@@ -117,8 +117,10 @@ func (s *Server) postRollouts(c echo.Context) error {
 	if err != nil {
 		return err
 	}
-	receipt, err := job.Submit(c.Request().Context(), body, key)
-	s.bodies.give(body) // Submit keeps nothing of it
+	receipt, kept, err := job.Submit(c.Request().Context(), body, key)
+	if !kept {
+		s.bodies.give(body)
+	}
 	if err != nil {
 		return err
 	}

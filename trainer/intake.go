@@ -58,20 +58,20 @@ type accepted struct {
 
 // Submit accepts a batch: once it returns, the body is on disk. The same key and
 // body again answers the same receipt. A refused batch is refused whole. The body
-// is the caller's again when it returns.
-func (j *Job) Submit(ctx context.Context, body []byte, key string) (r Receipt, err error) {
+// is the caller's again when it returns, unless kept says that queued rows lie in it.
+func (j *Job) Submit(ctx context.Context, body []byte, key string) (r Receipt, kept bool, err error) {
 	ctx, end := j.span(ctx, "accept", attribute.Int("trainerd.bytes", len(body)))
 	defer end(&err)
 	if r, known, err := j.acceptedBefore(key, body); known || err != nil {
-		return r, err
+		return r, false, err
 	}
 	schema, limits, err := j.admission("accept rollouts")
 	if err != nil {
-		return Receipt{}, err
+		return Receipt{}, false, err
 	}
-	batch, err := j.decodeBatch(ctx, body, schema, limits)
+	batch, kept, err := j.decodeBatch(ctx, body, schema, limits)
 	if err != nil {
-		return Receipt{}, err
+		return Receipt{}, false, err
 	}
 	batch.Received = time.Now().UTC()
 
@@ -79,7 +79,8 @@ func (j *Job) Submit(ctx context.Context, body []byte, key string) (r Receipt, e
 	if key != "" {
 		a.digest = markOf(body)
 	}
-	return j.arrive(a)
+	r, err = j.arrive(a)
+	return r, kept, err
 }
 
 // appendBatch writes a batch to the spool.
@@ -132,20 +133,20 @@ func (j *Job) limits() rollout.Limits {
 	}
 }
 
-// decodeBatch decodes a body, waiting for one of the decoders.
-func (j *Job) decodeBatch(ctx context.Context, body []byte, s rollout.Schema, l rollout.Limits) (b *rollout.Batch, err error) {
+// decodeBatch decodes a body, waiting for one of the decoders. kept: the batch lies in it.
+func (j *Job) decodeBatch(ctx context.Context, body []byte, s rollout.Schema, l rollout.Limits) (b *rollout.Batch, kept bool, err error) {
 	ctx, end := j.span(ctx, "accept.decode")
 	defer end(&err)
 	select {
 	case j.m.decode <- struct{}{}:
 	case <-ctx.Done():
-		return nil, ctx.Err()
+		return nil, false, ctx.Err()
 	}
 	defer func() { <-j.m.decode }()
-	if b, err = arrowio.DecodeBytes(body, s, l); err == nil {
+	if b, kept, err = arrowio.DecodeInPlace(body, s, l); err == nil {
 		b.Fingerprint() // here, and not under the lock that a step's start needs
 	}
-	return b, err
+	return b, kept, err
 }
 
 // check says whether a decoded batch may enter the queue now, after others that

@@ -35,21 +35,32 @@ func DecodeBytes(data []byte, s rollout.Schema, l rollout.Limits) (*rollout.Batc
 	return decode(&stream{data: data, limit: l.MaxBytes}, s, l)
 }
 
-func decode(in *stream, s rollout.Schema, l rollout.Limits) (b *rollout.Batch, err error) {
+func decode(in *stream, s rollout.Schema, l rollout.Limits) (*rollout.Batch, error) {
+	d := newDecoder(s, l)
+	if err := d.decode(in); err != nil {
+		return nil, err
+	}
+	return d.batch, nil
+}
+
+func newDecoder(s rollout.Schema, l rollout.Limits) *decoder {
+	return &decoder{schema: s, limits: l, batch: &rollout.Batch{}, groups: map[string]*group{}}
+}
+
+func (d *decoder) decode(in *stream) (err error) {
 	defer guard(&err)
-	d := &decoder{schema: s, limits: l, batch: &rollout.Batch{}, groups: map[string]*group{}}
 	check := func(fields []field) (err error) {
-		d.batch.Components, err = checkRollouts(fields, s)
+		d.batch.Components, err = checkRollouts(fields, d.schema)
 		d.batch.HasReward = slices.ContainsFunc(fields, func(f field) bool { return f.name == "reward" })
 		return err
 	}
-	if err := in.each(check, l.MaxRows, d.add); err != nil {
-		return nil, err
+	if err := in.each(check, d.limits.MaxRows, d.add); err != nil {
+		return err
 	}
 	if len(d.batch.Rollouts) == 0 {
-		return nil, &fault.Error{Kind: fault.Invalid, Code: "empty_batch", Msg: "the stream has no rows"}
+		return &fault.Error{Kind: fault.Invalid, Code: "empty_batch", Msg: "the stream has no rows"}
 	}
-	return d.batch, nil
+	return nil
 }
 
 // guard turns a panic of a decoder into a fault. The checks leave none to catch
@@ -137,6 +148,9 @@ type decoder struct {
 	batch  *rollout.Batch
 	tokens int64
 	groups map[string]*group
+
+	inPlace bool  // rows may refer to the stream's bytes
+	shared  int64 // bytes that they refer to
 }
 
 // group is the prompt that the first row of a group brought.
@@ -165,7 +179,7 @@ func (d *decoder) add(n int, columns map[string]*vec) error {
 	if err := d.completions(rows, base, columns["completion_tokens"], completionTokens); err != nil {
 		return err
 	}
-	if err := perToken(rows, base, columns, completionTokens); err != nil {
+	if err := d.perToken(rows, base, columns, completionTokens); err != nil {
 		return err
 	}
 	if err := d.scalars(rows, base, columns); err != nil {
@@ -293,9 +307,22 @@ func (d *decoder) prompts(rows []rollout.Rollout, groups []*group, base int, a *
 }
 
 func (d *decoder) completions(rows []rollout.Rollout, base int, a *vec, tokens int) error {
-	back := make([]int32, tokens)
+	var back []int32
+	share := d.shares(a.child, tokens) && d.limits.Vocab >= 1 && d.limits.Vocab <= math.MaxInt32
+	if !share {
+		back = make([]int32, tokens)
+	}
 	for i := range rows {
 		lo, hi := a.span(i)
+		if share {
+			raw := a.child.raw(lo, hi)
+			if tokensFit(raw, d.limits.Vocab) {
+				rows[i].Completion = view[int32](raw)
+				d.shared += int64(len(raw))
+				continue
+			}
+			back = make([]int32, hi-lo) // for the error's sake
+		}
 		dst := back[: hi-lo : hi-lo]
 		back = back[hi-lo:]
 		if err := d.copyTokens(dst, a.child, lo, "completion_tokens", base+i); err != nil {
@@ -322,7 +349,7 @@ func (d *decoder) copyTokens(dst []int32, values *vec, lo int, name string, row 
 }
 
 // perToken decodes the columns that have a value for each completion token.
-func perToken(rows []rollout.Rollout, base int, columns map[string]*vec, tokens int) error {
+func (d *decoder) perToken(rows []rollout.Rollout, base int, columns map[string]*vec, tokens int) error {
 	if a := columns["loss_mask"]; a != nil {
 		back := make([]bool, tokens)
 		for i := range rows {
@@ -345,7 +372,11 @@ func perToken(rows []rollout.Rollout, base int, columns map[string]*vec, tokens 
 		}
 	}
 	if a := columns["sampler_logprobs"]; a != nil {
-		back := make([]float32, tokens)
+		var back []float32
+		share := d.shares(a.child, tokens) && columns["loss_mask"] == nil
+		if !share {
+			back = make([]float32, tokens)
+		}
 		for i := range rows {
 			lo, n, err := beside(a, "sampler_logprobs", len(rows[i].Completion), i, base+i)
 			if err != nil {
@@ -353,6 +384,15 @@ func perToken(rows []rollout.Rollout, base int, columns map[string]*vec, tokens 
 			}
 			if a.null(i) {
 				return fault.BadRow("sampler_logprobs", base+i, "null", "a log-prob for each completion token")
+			}
+			if share {
+				raw := a.child.raw(lo, lo+n)
+				if logProbsFit(raw) {
+					rows[i].SamplerLogProbs = view[float32](raw)
+					d.shared += int64(len(raw))
+					continue
+				}
+				back = make([]float32, n) // for the error's sake
 			}
 			dst := back[:n:n]
 			back = back[n:]

@@ -490,7 +490,7 @@ func TestFastLogProbsAreTheSlowOnes(t *testing.T) {
 		t.Fatal("the constants are of other numbers")
 	}
 	var near []uint32
-	for _, b := range []uint32{0, maxLogProbBits, maxFiniteBits, 0x7F800000, 0x7FC00000, signBit, signBit | maxLogProbBits, signBit | maxFiniteBits, 0xFF800000, 0xFFC00000, 0xFFFFFFFF} {
+	for _, b := range []uint32{0, maxLogProbBits, maxFiniteBits, 0x7F800000, 0x7FC00000, 1 << 31, 1<<31 | maxLogProbBits, 1<<31 | maxFiniteBits, 0xFF800000, 0xFFC00000, 0xFFFFFFFF} {
 		for d := range uint32(5) {
 			near = append(near, b+d-2)
 		}
@@ -500,7 +500,7 @@ func TestFastLogProbsAreTheSlowOnes(t *testing.T) {
 		v := math.Float32frombits(bits)
 		want := v <= maxLogProb && !math.IsInf(float64(v), 0)
 		good := binary.LittleEndian.AppendUint32(nil, math.Float32bits(-2))
-		for n := 1; n <= 5; n++ { // values are read by two
+		for n := 1; n <= 11; n++ { // values are read by four
 			for at := range n {
 				var row []byte
 				for i := range n {
@@ -520,28 +520,30 @@ func TestFastLogProbsAreTheSlowOnes(t *testing.T) {
 	}
 }
 
-// TestTokensByTwo compares the pass over whole rows with one value at a time, for
+// TestTokensByFour compares the pass over whole rows with one value at a time, for
 // every length, with the bad token at every place.
-func TestTokensByTwo(t *testing.T) {
-	const vocab = 1000
-	for n := range 9 {
-		for bad := -1; bad < n; bad++ {
-			for _, off := range []uint32{vocab, vocab + 1, 1 << 31, 0xFFFFFFFF} {
-				data := make([]byte, 0, 4*n+8)
-				for i := range n {
-					v := uint32(i * 7)
-					if i == bad {
-						v = off
+func TestTokensByFour(t *testing.T) {
+	for _, vocab := range []uint32{1, 2, 1000, math.MaxInt32} {
+		for n := range 11 {
+			for bad := -1; bad < n; bad++ {
+				for _, off := range []uint32{vocab, vocab + 1, 1 << 31, 1<<31 + vocab - 1, 0xFFFFFFFF} {
+					data := make([]byte, 0, 4*n+8)
+					var want []int32
+					for i := range n {
+						v := (vocab - 1) / uint32(i+1) // the greatest among them
+						want = append(want, int32(v))
+						if i == bad {
+							v = off
+						}
+						data = binary.LittleEndian.AppendUint32(data, v)
 					}
-					data = binary.LittleEndian.AppendUint32(data, v)
-				}
-				dst := make([]int32, n)
-				if got := tokens32(dst, data, vocab); got != bad {
-					t.Fatalf("%d tokens, the bad one at %d: found at %d", n, bad, got)
-				}
-				for i := range dst {
-					if bad < 0 && dst[i] != int32(i*7) {
-						t.Fatalf("%d tokens: %v", n, dst)
+					dst := make([]int32, n)
+					a := &vec{typ: &dtype{class: intClass, bits: 32}, n: n, data: data}
+					if got := a.tokens(dst, 0, int(vocab)); got != bad {
+						t.Fatalf("vocab %d, %d tokens, the bad one %d at %d: found at %d", vocab, n, off, bad, got)
+					}
+					if bad < 0 && !slices.Equal(dst, want) {
+						t.Fatalf("%d tokens: %v, expected %v", n, dst, want)
 					}
 				}
 			}

@@ -361,6 +361,7 @@ func FuzzDecode(f *testing.F) {
 	f.Add(wideStream(f, 5, ""))
 	limits := testLimits
 	f.Fuzz(func(t *testing.T, data []byte) {
+		bothWays(t, data, limits)
 		b, err := DecodeBytes(data, testSchema, limits)
 		if err != nil {
 			mustFault(t, err)

@@ -15,6 +15,8 @@ type vec struct {
 	offsets []byte // n+1 of 4 or 8 bytes, of lists and text
 	data    []byte
 	child   *vec // of lists
+	inBody  bool // data lies in the message's body as it was sent
+	body    int  // bytes of that body
 	dict    *dictionary
 }
 
@@ -79,6 +81,7 @@ func (r *records) fixed(a *vec, n int64, bits int) (err error) {
 	if a.data, err = r.buffer(); err != nil {
 		return err
 	}
+	a.inBody, a.body = r.codec < 0, len(r.body)
 	if n > 8*int64(len(a.data))/int64(bits) {
 		return malformed("%d bytes for %d values of %s", len(a.data), n, a.typ.name)
 	}
@@ -218,8 +221,11 @@ func half(v uint16) float64 {
 // tokens copies values [lo, lo+len(dst)) and returns the first place whose value
 // is outside [0, vocab), or -1.
 func (a *vec) tokens(dst []int32, lo int, vocab int) int {
-	if a.typ.bits == 32 && vocab <= math.MaxInt32 {
-		return tokens32(dst, a.raw(lo, lo+len(dst)), uint32(vocab))
+	if a.typ.bits == 32 && littleEndian && vocab >= 1 && vocab <= math.MaxInt32 {
+		if raw := a.raw(lo, lo+len(dst)); tokensFit(raw, vocab) {
+			copyNumbers(dst, raw)
+			return -1
+		}
 	}
 	for i := range dst {
 		v := a.int(lo + i)
@@ -231,64 +237,19 @@ func (a *vec) tokens(dst []int32, lo int, vocab int) int {
 	return -1
 }
 
-// tokens32 is tokens of 32-bit values: src has 4 bytes for each of dst, read two at a time.
-func tokens32(dst []int32, src []byte, vocab uint32) int {
-	i := 0
-	for ; len(src) >= 8 && i+1 < len(dst); i, src = i+2, src[8:] {
-		v := binary.LittleEndian.Uint64(src)
-		first, second := uint32(v), uint32(v>>32)
-		if first >= vocab {
-			return i
-		}
-		if second >= vocab {
-			return i + 1
-		}
-		dst[i], dst[i+1] = int32(first), int32(second)
-	}
-	if i < len(dst) {
-		v := binary.LittleEndian.Uint32(src)
-		if v >= vocab {
-			return i
-		}
-		dst[i] = int32(v)
-	}
-	return -1
-}
-
 // logProbs copies values [lo, lo+len(dst)) if all are there, finite and at most
 // maxLogProb; false when one is not, or when the column is not of float32.
 func (a *vec) logProbs(dst []float32, lo int) bool {
-	if a.typ.bits != 32 || a.valid != nil {
+	if a.typ.bits != 32 || a.valid != nil || !littleEndian {
 		return false
 	}
-	src := a.raw(lo, lo+len(dst))
-	i := 0
-	for ; len(src) >= 8 && i+1 < len(dst); i, src = i+2, src[8:] {
-		v := binary.LittleEndian.Uint64(src)
-		first, second := uint32(v), uint32(v>>32)
-		if !logProbBits(first) || !logProbBits(second) {
-			return false
-		}
-		dst[i], dst[i+1] = math.Float32frombits(first), math.Float32frombits(second)
+	raw := a.raw(lo, lo+len(dst))
+	if !logProbsFit(raw) {
+		return false
 	}
-	if i < len(dst) {
-		v := binary.LittleEndian.Uint32(src)
-		dst[i] = math.Float32frombits(v)
-		return logProbBits(v)
-	}
+	copyNumbers(dst, raw)
 	return true
 }
-
-// logProbBits says whether a float32 is finite and at most maxLogProb: as integers
-// the bits of floats count up from 0 and, with the sign bit, from -0.
-func logProbBits(v uint32) bool { return v-signBit <= maxFiniteBits || v <= maxLogProbBits }
-
-// Bits of float32: of -0, of the greatest finite number, of maxLogProb.
-const (
-	signBit        = 1 << 31
-	maxFiniteBits  = 0x7F7FFFFF
-	maxLogProbBits = 0x3A800000
-)
 
 // readDictionary reads a dictionary batch. typ is the type of the column that uses it.
 func (s *stream) readDictionary(t table, body []byte, typ func(id int64) *dtype) error {
