@@ -29,9 +29,10 @@ const (
 // Store is a storage.Blob over one directory. Several stores, in one process or
 // in several, may share it.
 type Store struct {
-	dir  string
-	root *os.Root // holds every name inside the directory, symbolic links included
-	turn chan struct{}
+	dir    string
+	root   *os.Root // holds every name inside the directory, symbolic links included
+	turn   chan struct{}
+	direct func(f *os.File, on bool) error // setDirect
 }
 
 var _ storage.Blob = (*Store)(nil)
@@ -43,7 +44,7 @@ func Open(dir string) (*Store, error) {
 	if err != nil {
 		return nil, fault.New(fault.Invalid, "bad_directory", "open store %s: %w", dir, err)
 	}
-	s := &Store{dir: abs, turn: make(chan struct{}, 1)}
+	s := &Store{dir: abs, turn: make(chan struct{}, 1), direct: setDirect}
 	if err := durable.MkdirAll("store.dir_name", abs, 0o755); err != nil {
 		return nil, s.fault("open", "", err)
 	}
@@ -147,7 +148,7 @@ func (s *Store) put(ctx context.Context, key string, r io.Reader, c storage.Cond
 	}
 	defer temp.Close()
 	defer s.root.Remove(name) // of no effect once it is renamed
-	etag, err := fill(temp, r)
+	etag, err := s.fill(temp, r)
 	if err != nil {
 		return storage.Info{}, err
 	}
@@ -189,18 +190,20 @@ func (s *Store) put(ctx context.Context, key string, r io.Reader, c storage.Cond
 }
 
 // fill copies r to a file and returns the SHA-256 in hex, which r may have taken already.
-func fill(f *os.File, r io.Reader) (digest string, err error) {
+func (s *Store) fill(f *os.File, r io.Reader) (digest string, err error) {
+	out := newWriter(f, s.direct)
+	defer out.release()
 	if d, ok := r.(storage.Digested); ok {
-		if _, err := d.WriteTo(f); err != nil {
+		if _, err := d.WriteTo(out); err != nil {
 			return "", err
 		}
-		return d.Digest(), nil
+		return d.Digest(), out.finish()
 	}
 	sum := sha256.New()
-	if _, err := io.CopyBuffer(io.MultiWriter(f, sum), r, make([]byte, 256<<10)); err != nil {
+	if _, err := io.CopyBuffer(io.MultiWriter(out, sum), r, make([]byte, 256<<10)); err != nil {
 		return "", err
 	}
-	return hex.EncodeToString(sum.Sum(nil)), nil
+	return hex.EncodeToString(sum.Sum(nil)), out.finish()
 }
 
 // clash explains the errors of a key that continues another one or is continued by one.

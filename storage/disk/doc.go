@@ -7,5 +7,7 @@
 // Only files that this package writes should be under the root; it notices
 // files changed by others, but does not guard against them.
 //
+// Files of 1 MiB and more are written past the page cache (direct.go).
+//
 // Read disk.go, then etag.go.
 package disk
