@@ -104,10 +104,63 @@ static inline T atomicMin(T *p, T x) {
 }
 static inline void sincospif(float x, float *s, float *c) { *s = float(sin(M_PI * double(x))), *c = float(cos(M_PI * double(x))); }
 static inline float rsqrtf(float x) { return float(1 / sqrt(double(x))); }
+
+#ifdef TRAINERD_EMU_CARD
+// Arithmetic that errs as far as a card's may (PTX ISA 9, CUDA programming guide):
+// ex2.approx.ftz by 2^-22 of its result, __fdividef by 2 ulp and to 0 for divisors beyond
+// 2^126, mma.sync by adding 8 products at a time to the accumulator, each cut (not rounded)
+// 24 bits below the greatest of them and the sum cut to float32 (Fasi et al., PeerJ CS
+// 7:e330, for sm_80). Errors are a hash of the operand, so a kernel stays a function of
+// its inputs. The Makefile contracts a*b+c with it, as nvcc does.
+namespace emu {
+inline double error_of(float x) { // in [-1,1]
+	uint64_t h = (uint64_t(__float_as_uint(x)) + 1) * 0x9e3779b97f4a7c15ull;
+	return double(int64_t(h ^ h << 31)) / 9223372036854775808.0;
+}
+inline float cut(double x) {
+	float f = float(x);
+	return std::abs(double(f)) > std::abs(x) ? nextafterf(f, 0) : f;
+}
+inline float mma_sum(float c, const float (&x)[16], const float (&y)[16]) {
+	for (int from = 0; from < 16; from += 8) {
+		double term[9] = {c}, top = std::abs(double(c)), plain = c;
+		for (int k = 0; k < 8; k++) {
+			term[k + 1] = double(x[from + k]) * y[from + k];
+			plain += term[k + 1];
+			if (std::abs(term[k + 1]) > top) top = std::abs(term[k + 1]);
+		}
+		if (!std::isfinite(plain) || top == 0) {
+			c = float(plain);
+			continue;
+		}
+		double unit = ldexp(1, ilogb(top) - 24), sum = 0;
+		for (double t : term) sum += trunc(t / unit);
+		c = cut(sum * unit);
+	}
+	return c;
+}
+} // namespace emu
+static inline float __fdividef(float a, float b) {
+	if (std::abs(b) > 0x1p126f && std::abs(b) < INFINITY) return 0 * a;
+	return float(a / double(b) * (1 + 0x1p-22 * emu::error_of(b)));
+}
+static inline float fast_exp2(float x) {
+	if (std::abs(x) < 0x1p-126f) return 1;
+	float y = float(exp2(double(x)) * (1 + 0x1p-22 * emu::error_of(x)));
+	return y < 0x1p-126f ? 0 : y;
+}
+#else
+namespace emu {
+inline float mma_sum(float c, const float (&x)[16], const float (&y)[16]) {
+	for (int k = 0; k < 16; k++) c += x[k] * y[k];
+	return c;
+}
+} // namespace emu
 static inline float __fdividef(float a, float b) { return a / b; }
+static inline float fast_exp2(float x) { return exp2f(x); }
+#endif
 
 // The PTX instructions of common.cuh.
-static inline float fast_exp2(float x) { return exp2f(x); }
 static inline unsigned short emu_bf16(float x) {
 	unsigned u = __float_as_uint(x);
 	if (x != x) return 0x7fff; // what cvt.rn.bf16 gives for NaN
@@ -145,14 +198,13 @@ static inline void mma16816(float (&c)[4], const unsigned (&a)[4], unsigned b0, 
 	int l = emu::lane();
 	for (int i = 0; i < 4; i++) {
 		int row = l / 4 + (i >= 2 ? 8 : 0), column = 2 * (l % 4) + i % 2;
-		float sum = c[i];
+		float x[16], y[16];
 		for (int k = 0; k < 16; k++) {
 			// a(row,k): lane (row%8)*4 + (k%8)/2, register (k/8)*2 + row/8; b(k,column): lane column*4 + (k%8)/2, register k/8
-			float x = half(row % 8 * 4 + k % 8 / 2, k / 8 * 2 + row / 8, k % 2);
-			float y = half(column * 4 + k % 8 / 2, 4 + k / 8, k % 2);
-			sum += x * y;
+			x[k] = half(row % 8 * 4 + k % 8 / 2, k / 8 * 2 + row / 8, k % 2);
+			y[k] = half(column * 4 + k % 8 / 2, 4 + k / 8, k % 2);
 		}
-		c[i] = sum;
+		c[i] = emu::mma_sum(c[i], x, y);
 	}
 }
 static inline void cp_async16(void *dst, const void *src, bool valid) { emu::copy_async(dst, src, 16, valid); }
