@@ -126,6 +126,9 @@ func (s *Server) HTTPServer() *http.Server {
 func (s *Server) probes(guard echo.MiddlewareFunc) {
 	e := s.echo
 	e.GET("/healthz", func(c echo.Context) error {
+		if err := s.jobs.Alive(); err != nil {
+			return err
+		}
 		return c.JSON(http.StatusOK, map[string]string{"status": "ok", "version": s.version})
 	})
 	e.GET("/readyz", s.ready)

@@ -3,6 +3,7 @@ package trainer
 import (
 	"context"
 	"errors"
+	"fmt"
 	"time"
 
 	"trainerd/internal/fault"
@@ -117,6 +118,29 @@ func (m *Manager) lose(cause error) {
 
 // reopen opens the device that was lost. Called on the device's goroutine.
 func (m *Manager) reopen() (kernels.Device, error) {
+	dev, err := m.tryOpen()
+	m.mu.Lock()
+	if err != nil {
+		m.unopened++
+		m.unopenedBy = err
+		tries := m.unopened
+		m.mu.Unlock()
+		switch tries {
+		case 1:
+			m.spawn(false, m.keepOpening)
+		case reopenTries:
+			m.log.Error("the device cannot be opened again in this process: /healthz answers 503 until it can, so that a supervisor starts the server anew; jobs go on from their state then", "tries", tries, "err", err)
+		}
+		return nil, err
+	}
+	m.dev = dev
+	m.unopened, m.unopenedBy = 0, nil
+	m.mu.Unlock()
+	m.log.Info("device opened again", "device", dev.Info().Name)
+	return dev, nil
+}
+
+func (m *Manager) tryOpen() (kernels.Device, error) {
 	if m.opts.Reopen == nil {
 		return nil, fault.New(fault.Unavailable, codeUnopened, "the device is lost, and this server cannot open it again")
 	}
@@ -124,11 +148,51 @@ func (m *Manager) reopen() (kernels.Device, error) {
 	if err != nil {
 		return nil, &fault.Error{Kind: fault.Unavailable, Code: codeUnopened, Msg: "open the lost device again", RetryAfter: 5 * time.Second, Err: err}
 	}
-	m.mu.Lock()
-	m.dev = dev
-	m.mu.Unlock()
-	m.log.Info("device opened again", "device", dev.Info().Name)
 	return dev, nil
+}
+
+// reopenTries is how many failures in a row to open the lost device are taken to
+// mean that this process will not do it: after some errors CUDA wants a new one.
+const reopenTries = 5
+
+// laneDevice is the executor's account of work that is no job's.
+const laneDevice JobID = "device"
+
+// keepOpening tries to open the lost device again, whether or not a job asks for
+// it, until it is open or the manager closes: who watches /readyz sends nothing meanwhile.
+func (m *Manager) keepOpening() {
+	defer m.exec.Forget(laneDevice)
+	for pause := retryFirst; ; pause = min(2*pause, retryMost) {
+		select {
+		case <-time.After(pause):
+		case <-m.closed:
+			return
+		}
+		err := m.exec.Do(context.Background(), lane{laneDevice, laneRequest}, func() error {
+			_, err := m.device()
+			return err
+		})
+		if err == nil || errors.Is(err, errClosed) {
+			return
+		}
+	}
+}
+
+// deviceFault is how often in a row the lost device could not be opened, and why;
+// 0 and nil where it is open or nobody has tried yet.
+func (m *Manager) deviceFault() (tries int, err error) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return m.unopened, m.unopenedBy
+}
+
+// Alive says whether this process can go on: nil, or why it has to be started
+// anew. All that was accepted is on disk, and jobs go on from there.
+func (m *Manager) Alive() error {
+	if tries, err := m.deviceFault(); tries >= reopenTries {
+		return &fault.Error{Kind: fault.Unavailable, Code: codeUnopened, Msg: fmt.Sprintf("the device could not be opened again %d times: start the server anew", tries), Err: err}
+	}
+	return nil
 }
 
 // codeUnopened is the code of a device that cannot be opened again, now or ever.

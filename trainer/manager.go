@@ -124,12 +124,15 @@ type Manager struct {
 	proven  bool  // a piece of work succeeded since the device was opened
 	suspect JobID // whose work lost the device before anything succeeded on it
 
-	mu      sync.Mutex
-	jobs    map[JobID]*Job
-	dev     kernels.Device // nil once it is lost, until it is opened anew
-	closing bool
-	closed  chan struct{}  // closed when Close begins
-	running sync.WaitGroup // goroutines of jobs
+	mu   sync.Mutex
+	jobs map[JobID]*Job
+	dev  kernels.Device // nil once it is lost, until it is opened anew
+	// unopened is how often in a row a lost device could not be opened, for unopenedBy.
+	unopened   int
+	unopenedBy error
+	closing    bool
+	closed     chan struct{}  // closed when Close begins
+	running    sync.WaitGroup // goroutines of jobs
 }
 
 // NewManager opens the records below DataDir and starts the jobs found there.
@@ -402,6 +405,9 @@ func (m *Manager) Ready(ctx context.Context) error {
 	m.mu.Unlock()
 	if closing {
 		return errClosed
+	}
+	if _, err := m.deviceFault(); err != nil {
+		return err
 	}
 	if _, err := m.ckpts.Blob.Stat(ctx, "ready"); err != nil && !errors.Is(err, storage.ErrNotFound) {
 		return fault.New(fault.Unavailable, "store_unavailable", "reach the checkpoint store: %w", err)

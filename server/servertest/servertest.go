@@ -74,6 +74,9 @@ type Options struct {
 	// WrapDevice wraps the device, to inject failures. A lost one is opened again,
 	// wrapped anew.
 	WrapDevice func(kernels.Device) kernels.Device
+	// BeforeReopen is called before a lost device is opened again; its error is what
+	// the opening ends in.
+	BeforeReopen func() error
 }
 
 // OpenDevice opens the device of every Env, with so many bytes; 0: no limit. Builds
@@ -131,6 +134,15 @@ func (e *Env) openDevice() (kernels.Device, error) {
 	return dev, err
 }
 
+func (e *Env) reopenDevice() (kernels.Device, error) {
+	if e.opts.BeforeReopen != nil {
+		if err := e.opts.BeforeReopen(); err != nil {
+			return nil, err
+		}
+	}
+	return e.openDevice()
+}
+
 func (e *Env) boot(t testing.TB, dev kernels.Device) {
 	store, err := disk.Open(e.StoreDir)
 	if err != nil {
@@ -142,7 +154,7 @@ func (e *Env) boot(t testing.TB, dev kernels.Device) {
 	}
 	e.Manager, err = trainer.NewManager(trainer.Options{Device: dev, DataDir: e.DataDir, Store: blob, OpenStore: e.opts.OpenStore,
 		Version: "test", Limits: e.opts.Limits, Sources: e.opts.Sources, Logger: e.opts.Logger,
-		Reopen: e.openDevice, DeviceMemory: e.opts.DeviceMemory, SwapMemory: e.opts.SwapMemory, SwapHold: e.opts.SwapHold, BeforeSync: e.opts.BeforeSync})
+		Reopen: e.reopenDevice, DeviceMemory: e.opts.DeviceMemory, SwapMemory: e.opts.SwapMemory, SwapHold: e.opts.SwapHold, BeforeSync: e.opts.BeforeSync})
 	if err != nil {
 		t.Fatal(err)
 	}
