@@ -7,9 +7,9 @@ import (
 	"trainerd/kernels/cpu/internal/simd"
 )
 
-// headRows is the most rows of logits that are held at once: enough for an
-// efficient Gemm, within 64 MiB.
-func headRows(v int) int { return min(512, max(16, (64<<20)/(4*v))) }
+// headRows is the most rows of logits that are held at once, within 128 MiB: each
+// chunk packs all of W again, twice with gradients.
+func headRows(v int) int { return min(512, max(16, (128<<20)/(4*v))) }
 
 // headChunk returns how many rows of logits are held at once: n cut evenly. It
 // depends on the shape alone, and may be greater for fewer rows.

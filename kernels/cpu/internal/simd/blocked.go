@@ -12,7 +12,7 @@ type blocked struct {
 	geometry
 	kBlocks int
 
-	bufA, bufB []float32
+	bufA, bufB packed
 
 	// The block in work. Panels of A divide its rows evenly.
 	row0, rows, aPanels int
@@ -33,8 +33,8 @@ const (
 	blockRows  = 1008 // rows of a packed block of A
 	blockCols  = 2048 // columns of a packed block of B
 	blockSteps = 2048 // steps of both
-	tileRows   = 112  // rows and columns of C in a task: A's and B's share of a
-	tileCols   = 256  // block of k stay in a 1 MiB second-level cache
+	tileRows   = 224  // rows and columns of C in a task: A's and B's share of a
+	tileCols   = 256  // block of k, 0.8 MiB, stay in a second-level cache
 	minTasks   = 16   // what tasks are made smaller for
 	packPanels = 4    // panels in a pack task
 )
@@ -69,12 +69,12 @@ func (w *blocked) run(o operands, par Parallel) {
 				if a := sb*rowBlocks + ib; a != packedA {
 					packedA = a
 					w.packs.aTasks = ceilDiv(w.aPanels, packPanels)
-					w.bufA = grow(w.bufA, w.aPanels*w.aStride*w.steps)
+					w.bufA.grow(w.aPanels * w.aStride * w.steps)
 				}
 				if b := jb*stepBlocks + sb; b != packedB {
 					packedB = b
 					w.packs.bTasks = ceilDiv(w.bPanels, packPanels)
-					w.bufB = grow(w.bufB, w.bPanels*w.nr*w.steps)
+					w.bufB.grow(w.bPanels * w.nr * w.steps)
 				}
 				if n := w.packs.aTasks + w.packs.bTasks; n > 0 {
 					run(par, n, w.packTask)
@@ -110,12 +110,12 @@ func (w *blocked) panelRows(i int) (from, to int) {
 // panelA returns the packed panel i of A for block kb of k; panelB the same of B.
 func (w *blocked) panelA(i, from, to int) []float32 {
 	at := (from-w.step0)*w.aPanels*w.aStride + i*(to-from)*w.aStride
-	return w.bufA[at : at+(to-from)*w.aStride]
+	return w.bufA.x[at : at+(to-from)*w.aStride]
 }
 
 func (w *blocked) panelB(j, from, to int) []float32 {
 	at := (from-w.step0)*w.bPanels*w.nr + j*(to-from)*w.nr
-	return w.bufB[at : at+(to-from)*w.nr]
+	return w.bufB.x[at : at+(to-from)*w.nr]
 }
 
 // pack is a task: it packs a few panels over all steps of the block.

@@ -24,7 +24,8 @@ type Scratch struct {
 	direct  direct
 }
 
-// spare keeps Scratch between calls of Sgemm, so that they make no garbage.
+// spare keeps Scratch between calls of Sgemm, as many as ever ran at once, so
+// that they make no garbage.
 var spare struct {
 	sync.Mutex
 	list []*Scratch
@@ -38,15 +39,15 @@ func takeScratch() *Scratch {
 		spare.list = spare.list[:n-1]
 		return s
 	}
-	return new(Scratch)
+	s := new(Scratch)
+	s.blocked.bufA.mapped, s.blocked.bufB.mapped = true, true
+	return s
 }
 
 func giveScratch(s *Scratch) {
 	spare.Lock()
 	defer spare.Unlock()
-	if len(spare.list) < 4 {
-		spare.list = append(spare.list, s)
-	}
+	spare.list = append(spare.list, s)
 }
 
 // Sgemm computes C = op(A)·op(B), or C += with accumulate. op(A) is [m,k]: A is
