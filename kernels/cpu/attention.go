@@ -16,6 +16,10 @@ import (
 // forwardKeys is the most keys of one block of scores.
 const forwardKeys = 256
 
+// fewRows is how many query rows a block of keys serves at most that is asked for
+// ahead: with more, the arithmetic hides the fetching.
+const fewRows = 64
+
 // forwardFloats is one worker's scratch: scores, queries, output, maxima and sums.
 func forwardFloats(rows, hd int) int { return rows*forwardKeys + 2*rows*hd + 2*rows }
 
@@ -160,6 +164,10 @@ func (f *flash) block(m keysValues, column, key, n, from, to int, seen func(row 
 		return
 	}
 	hd := f.hd
+	if to-from <= fewRows { // decoding: the time is that of fetching keys and values
+		simd.Prefetch(m.k.from(key, column), m.k.stride, n, hd)
+		simd.Prefetch(m.v.from(key, column), m.v.stride, n, hd)
+	}
 	simd.SgemmSerial(false, true, to-from, n, hd, f.q[from*hd:], hd, m.k.from(key, column), m.k.stride, f.scores, n, false, f.gemm)
 	for r := from; r < to; r++ {
 		row := f.scores[(r-from)*n:][:n]

@@ -253,3 +253,6 @@ func packCopy16(k int, dst *float32, src *float32, ld int)
 
 //go:noescape
 func packCopy32(k int, dst *float32, src *float32, ld int)
+
+//go:noescape
+func prefetchRows(rows int, lines int, x *float32, ld int)

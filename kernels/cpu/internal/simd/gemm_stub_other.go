@@ -339,3 +339,7 @@ func packCopy16(k int, dst *float32, src *float32, ld int) {
 func packCopy32(k int, dst *float32, src *float32, ld int) {
 	panic(noAssembly)
 }
+
+func prefetchRows(rows int, lines int, x *float32, ld int) {
+	panic(noAssembly)
+}

@@ -63,11 +63,27 @@ func (w *narrow) columns(task int) {
 			b := strip{x: w.buf[from*lanes:], step: lanes}
 			tile(w.level, rows, lanes, to-from, a, b, t[:], lanes, w.accumulate || kb > 0)
 		}
-		for l := range w.m {
-			for i := range rows {
-				w.c[l*w.ldc+j0+i] = t[i*lanes+l]
-			}
-		}
+		w.put(&t, lanes, j0, rows)
 		j0 += rows
+	}
+}
+
+// put writes a tile of Cᵀ to columns [j0, j0+rows) of C.
+func (w *narrow) put(t *[maxTile]float32, lanes, j0, rows int) {
+	done := 0 // rows of C
+	if rows >= 8 && w.m >= 8 {
+		// Eight columns at a time; the last eight may overlap those before.
+		blocks := w.m / 8
+		packTranspose8(blocks, &w.c[j0], 4*w.ldc, &t[0], 4*lanes)
+		if rows > 8 {
+			packTranspose8(blocks, &w.c[j0+rows-8], 4*w.ldc, &t[(rows-8)*lanes], 4*lanes)
+		}
+		done = 8 * blocks
+	}
+	for l := done; l < w.m; l++ {
+		c, x := w.c[l*w.ldc+j0:][:rows], t[l:]
+		for i := range c {
+			c[i] = x[i*lanes]
+		}
 	}
 }

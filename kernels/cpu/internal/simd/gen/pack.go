@@ -15,6 +15,28 @@ func genPack() {
 	for _, nv := range []int{1, 2, 4} {
 		packCopy(nv)
 	}
+	prefetchRows()
+}
+
+// prefetchRows asks for lines cache lines of each of rows rows, ld bytes apart.
+func prefetchRows() {
+	TEXT("prefetchRows", NOSPLIT, "func(rows, lines int, x *float32, ld int)")
+	Pragma("noescape")
+	rows, lines := Load(Param("rows"), GP64()), Load(Param("lines"), GP64())
+	x, ld := Load(Param("x"), GP64()).(GPVirtual), Load(Param("ld"), GP64())
+	at, left := GP64(), GP64()
+	Label("row")
+	MOVQ(x, at)
+	MOVQ(lines, left)
+	Label("line")
+	PREFETCHT0(Mem{Base: at})
+	ADDQ(Imm(64), at)
+	DECQ(left)
+	JNZ(LabelRef("line"))
+	ADDQ(ld, x)
+	DECQ(rows)
+	JNZ(LabelRef("row"))
+	RET()
 }
 
 // packTranspose writes dst[p][0..8) = src[0..8)[p] for p < 8*blocks: eight rows
