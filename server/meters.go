@@ -105,6 +105,7 @@ var (
 	descDisk    = prometheus.NewDesc("trainerd_data_disk_failing", "1 while the data directory takes no writes.", nil, nil)
 	descDiskErr = prometheus.NewDesc("trainerd_data_disk_errors_total", "Writes to the data directory that failed.", nil, nil)
 	descLost    = prometheus.NewDesc("trainerd_device_lost_total", "Times that the device was lost and given up.", nil, nil)
+	descPins    = prometheus.NewDesc("trainerd_capture_pin_failures_total", "Memory of captures that the device refused to write to itself, so that captures take longer.", nil, nil)
 	descSwapped = prometheus.NewDesc("trainerd_swapped_bytes", "Host memory of models that are off the device.", nil, nil)
 	descDevice  = prometheus.NewDesc("trainerd_device_queue", "Pieces of device work that wait.", nil, nil)
 )
@@ -125,6 +126,7 @@ func (*jobCollector) Describe(out chan<- *prometheus.Desc) {
 	out <- descDisk
 	out <- descDiskErr
 	out <- descLost
+	out <- descPins
 	out <- descSwapped
 }
 
@@ -160,6 +162,7 @@ func (c *jobCollector) Collect(out chan<- prometheus.Metric) {
 	out <- prometheus.MustNewConstMetric(descDisk, prometheus.GaugeValue, failing)
 	out <- prometheus.MustNewConstMetric(descDiskErr, prometheus.CounterValue, float64(stats.DiskErrors))
 	out <- prometheus.MustNewConstMetric(descLost, prometheus.CounterValue, float64(stats.DeviceLost))
+	out <- prometheus.MustNewConstMetric(descPins, prometheus.CounterValue, float64(stats.PinFailures))
 	out <- prometheus.MustNewConstMetric(descSwapped, prometheus.GaugeValue, float64(stats.SwapBytes))
 	out <- prometheus.MustNewConstMetric(descDevice, prometheus.GaugeValue, float64(stats.DeviceQueue))
 }

@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"sync"
 
+	"trainerd/kernels"
 	"trainerd/kernels/hostmem"
 )
 
@@ -28,6 +29,9 @@ type captureSpan struct {
 	span   *hostmem.Span
 	flying bool // a publication has it
 	leaves bool // it goes when that one has landed
+
+	asked kernels.Device // that the memory was made known to, whether or not it took it; nil: none
+	unpin func()         // nil: it is not known to it
 }
 
 func (s *captureSpan) bytes() int64 { return int64(len(s.span.Bytes)) }
@@ -69,6 +73,38 @@ func (b *captureBudget) take(id JobID, n int64, free func() int64) (raw []byte, 
 	return span.Bytes, ""
 }
 
+// pin makes the memory of a job's capture, which the job has taken, known to the
+// device that is to write to it: once for a device, since it takes long. An error is
+// of that one time, and the capture goes on without.
+func (b *captureBudget) pin(id JobID, dev kernels.Device) error {
+	p, ok := dev.(kernels.Pinner)
+	if !ok {
+		return nil
+	}
+	b.mu.Lock()
+	s := b.spans[id]
+	b.mu.Unlock()
+	if s.asked == dev || s.bytes() < hostmem.Large { // smaller memory is the Go heap's
+		return nil
+	}
+	s.release() // by the device before, which is closed
+	s.asked = dev
+	var err error
+	if s.unpin, err = p.Pin(s.span.Bytes); err != nil {
+		s.unpin = nil
+		return fmt.Errorf("pin %d bytes of a capture's memory: %w", s.bytes(), err)
+	}
+	return nil
+}
+
+// release takes the memory from the device that knows it.
+func (s *captureSpan) release() {
+	if s.unpin != nil {
+		s.unpin()
+	}
+	s.asked, s.unpin = nil, nil
+}
+
 // give ends the use of a job's memory by a publication, which must not touch it any more.
 func (b *captureBudget) give(id JobID) {
 	b.mu.Lock()
@@ -108,6 +144,7 @@ func (b *captureBudget) dropLocked(id JobID) {
 		s.leaves = true
 	default:
 		b.used -= s.bytes()
+		s.release()
 		s.span.Free()
 		delete(b.spans, id)
 	}

@@ -1,12 +1,14 @@
 package trainer
 
 import (
+	"errors"
 	"fmt"
 	"math/rand/v2"
 	"strings"
 	"sync"
 	"testing"
 
+	"trainerd/kernels"
 	"trainerd/kernels/hostmem"
 )
 
@@ -170,5 +172,104 @@ func TestCaptureMemoryBelongsToOne(t *testing.T) {
 	b.dropIdle()
 	if b.used != 0 || len(b.spans) != 0 {
 		t.Errorf("%d bytes of %d spans are left", b.used, len(b.spans))
+	}
+}
+
+// pinning is a device that keeps account of the host memory it knows. Closed, it forgets all.
+type pinning struct {
+	kernels.Device
+	t      *testing.T
+	known  map[*byte]int
+	asked  int
+	refuse error
+}
+
+func (p *pinning) Pin(host []byte) (func(), error) {
+	p.asked++
+	if p.refuse != nil {
+		return nil, p.refuse
+	}
+	first := &host[0]
+	if p.known[first] != 0 {
+		p.t.Error("memory is pinned twice")
+	}
+	p.known[first] = len(host)
+	return func() {
+		if p.known[first] != len(host) || host[len(host)-1] > 1 { // which reads what must still be there
+			p.t.Error("memory is unpinned twice, or with another length")
+		}
+		delete(p.known, first)
+	}, nil
+}
+
+// TestCaptureMemoryIsPinned: memory is known to the device from its first capture
+// until it is given back, once, and to a device that is opened anew again.
+func TestCaptureMemoryIsPinned(t *testing.T) {
+	const large = hostmem.Large
+	first, second := &pinning{t: t, known: map[*byte]int{}}, &pinning{t: t, known: map[*byte]int{}}
+	b := captureBudget{limit: 8 * large}
+	capture := func(id JobID, n int64, dev kernels.Device) (raw []byte, err error) {
+		t.Helper()
+		raw, why := b.take(id, n, plenty)
+		if why != "" {
+			t.Fatal(why)
+		}
+		err = b.pin(id, dev)
+		b.give(id)
+		return raw, err
+	}
+	want := func(dev *pinning, asked int, spans ...int) {
+		t.Helper()
+		all := 0
+		for _, n := range spans {
+			all += n
+		}
+		sum := 0
+		for _, n := range dev.known {
+			sum += n
+		}
+		if dev.asked != asked || len(dev.known) != len(spans) || sum != all {
+			t.Errorf("asked %d times and knows %v, expected %d times and %v", dev.asked, dev.known, asked, spans)
+		}
+	}
+	for _, n := range []int64{2 * large, large, 2 * large} { // one span
+		if _, err := capture("a", n, first); err != nil {
+			t.Fatal(err)
+		}
+	}
+	want(first, 1, 2*large)
+	capture("b", large, first)
+	capture("small", 4096, first) // of the Go heap
+	want(first, 2, 2*large, large)
+	capture("a", 3*large, first) // another span
+	want(first, 3, 3*large, large)
+	b.drop("b")
+	want(first, 3, 3*large)
+
+	// The device is lost: memory that it knew goes to the next one.
+	capture("a", large, second)
+	want(first, 3)
+	want(second, 1, 3*large)
+	b.drop("a")
+	want(second, 1)
+
+	// A device that refuses is asked once for each span, and captures go on.
+	second.refuse = errors.New("no more pages")
+	if _, err := capture("a", large, second); !errors.Is(err, second.refuse) {
+		t.Errorf("the refusal ends in %v", err)
+	}
+	if raw, err := capture("a", large, second); err != nil || len(raw) != large {
+		t.Errorf("after a refusal: %v", err)
+	}
+	want(second, 2)
+	b.drop("a")
+	for b.dropIdle() {
+	}
+	if b.used != 0 || len(first.known)+len(second.known) != 0 {
+		t.Errorf("%d bytes in use, pinned %v and %v", b.used, first.known, second.known)
+	}
+	// A device that cannot pin is not asked.
+	if _, err := capture("c", large, struct{ kernels.Device }{}); err != nil {
+		t.Error(err)
 	}
 }

@@ -177,6 +177,10 @@ func (j *Job) takeOff(f *flight, snapshot bool) (ok bool, err error) {
 	if !ok {
 		return false, nil
 	}
+	if err := j.m.captures.pin(j.ID, j.m.Device()); err != nil {
+		j.m.pinFailures.Add(1)
+		j.m.log.Warn("captures of the job pass through the device's own memory, which takes longer", "job", j.ID, "err", err)
+	}
 	defer crashpoint.Enter(crashpoint.Publish)()
 	c, err := j.capture(f.ctx, snapshot, raw)
 	if err != nil {

@@ -116,9 +116,11 @@ type Manager struct {
 	// captures is the host memory of publications under way and what is kept for the next.
 	captures captureBudget
 
-	home     *residence
-	losses   atomic.Int64 // of the device
-	creating sync.Mutex   // serialises Create
+	home   *residence
+	losses atomic.Int64 // of the device
+	// pinFailures counts memory of captures that the device refused to know.
+	pinFailures atomic.Int64
+	creating    sync.Mutex // serialises Create
 
 	// of the device's goroutine
 	proven  bool  // a piece of work succeeded since the device was opened

@@ -30,12 +30,13 @@ type Stats struct {
 	DiskFailing bool       // the data directory takes no writes at present
 	DiskErrors  int64      // writes to it that failed
 	DeviceLost  int64      // times that the device was lost
+	PinFailures int64      // memory of captures that the device refused to write to itself
 	SwapBytes   int64      // host memory of models off the device
 }
 
 // Stats returns the numbers of now.
 func (m *Manager) Stats() Stats {
-	s := Stats{DeviceQueue: m.exec.Depth(), DeviceLost: m.losses.Load(), SwapBytes: m.home.swapped()}
+	s := Stats{DeviceQueue: m.exec.Depth(), DeviceLost: m.losses.Load(), PinFailures: m.pinFailures.Load(), SwapBytes: m.home.swapped()}
 	n, disk := m.disk.state()
 	s.DiskFailing, s.DiskErrors = disk != nil, n
 	for _, j := range m.Jobs() {

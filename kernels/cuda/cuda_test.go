@@ -8,6 +8,7 @@ import (
 	"testing"
 
 	"trainerd/kernels"
+	"trainerd/kernels/hostmem"
 	"trainerd/kernels/kerneltest"
 )
 
@@ -32,6 +33,11 @@ func TestMaster(t *testing.T) { testMaster(t, open(t)) }
 
 func TestStaging(t *testing.T) { testStaging(t, open(t)) }
 
+func TestPins(t *testing.T) {
+	testPins(t, open(t))
+	testPinsEnd(t, open(t))
+}
+
 func TestProfiledStep(t *testing.T) { testProfile(t, open(t)) }
 
 // TestReopen: an illegal address loses the context, says so, and a new device works.
@@ -39,6 +45,11 @@ func TestReopen(t *testing.T) {
 	d := open(t)
 	bad := &buffer{t: kernels.BF16, n: 64, at: 1 << 46}
 	index, err := d.Alloc("test", kernels.I32, 1)
+	if err != nil {
+		t.Fatal(err)
+	}
+	memory := pinnable(t, hostmem.Large)
+	unpin, err := d.Pin(memory)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -50,6 +61,7 @@ func TestReopen(t *testing.T) {
 	if err := d.Sync(); err == nil {
 		t.Error("a lost device works again")
 	}
+	unpin() // memory that was pinned on it is the host's again, and may be freed
 	e, err := Open(*cardFlag, Options{})
 	if err == nil {
 		t.Run("reopened", func(t *testing.T) { testMaster(t, e) }) // of its own: its buffers are freed before the device

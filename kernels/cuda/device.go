@@ -1,6 +1,7 @@
 package cuda
 
 import (
+	"errors"
 	"fmt"
 	"log/slog"
 
@@ -51,6 +52,7 @@ type Device struct {
 	turns                             map[turnsKey]address
 	watch                             stopwatch // the owner's alone; made by the first profile
 	choices                           *choices
+	pins                              pins
 }
 
 // Options are what a caller may choose about a card.
@@ -158,9 +160,23 @@ func (d *Device) Sync() error {
 	return err
 }
 
-// Close implements kernels.Device. It waits for nothing and frees everything.
+// Close implements kernels.Device. It frees everything, and waits only where host
+// memory is pinned, which the card may be writing to.
 func (d *Device) Close() error {
-	if err := d.q.stop(command{label: of("close", ""), run: func(c driver) error { return c.close() }}); err != nil {
+	pinned := d.closePins()
+	if err := d.q.stop(command{label: of("close", ""), run: func(c driver) error {
+		var err error
+		if len(pinned) > 0 {
+			err = c.sync()
+		}
+		for _, host := range pinned {
+			err = errors.Join(err, c.unregister(host))
+		}
+		if err != nil && c.lost(err) {
+			err = nil // it went with the context
+		}
+		return errors.Join(err, c.close())
+	}}); err != nil {
 		return fmt.Errorf("close %s: %w", d.info.Name, err)
 	}
 	return nil

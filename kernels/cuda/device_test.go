@@ -44,6 +44,8 @@ func (r *recorder) alloc(n int64) (address, error) {
 func (r *recorder) free(address) error                     { r.freed++; return nil }
 func (r *recorder) memory() (free, total int64, err error) { return r.room, 1 << 40, nil }
 func (r *recorder) pinned(n int) ([]byte, error)           { return make([]byte, n), nil }
+func (r *recorder) register([]byte) error                  { return nil }
+func (r *recorder) unregister([]byte) error                { return nil }
 func (r *recorder) admits(product, algorithm) error        { return nil }
 func (r *recorder) library() versions                      { return versions{} }
 func (r *recorder) fill(address, byte, int64) error        { return nil }

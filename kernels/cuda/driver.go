@@ -22,6 +22,10 @@ type driver interface {
 	memory() (free, total int64, err error)
 	// pinned returns page-locked host memory that lives until close.
 	pinned(n int) ([]byte, error)
+	// register locks the pages of memory of somebody else's, so that copies may go
+	// there, and unregister lets them go.
+	register(host []byte) error
+	unregister(host []byte) error
 
 	// launch runs a kernel; args are address, int32, int64 or float32, in the kernel's order.
 	launch(kernel string, grid, block size2, shared int, args ...any) error
@@ -40,7 +44,7 @@ type driver interface {
 	// fill sets n bytes to the value.
 	fill(dst address, value byte, n int64) error
 	move(dst, src address, n int64) error
-	// upload and download copy from and to memory given by pinned.
+	// upload and download copy from and to memory given by pinned or known by register.
 	upload(dst address, src []byte) error
 	download(dst []byte, src address) error
 

@@ -229,6 +229,20 @@ func (c *card) pinned(n int) ([]byte, error) {
 	return unsafe.Slice((*byte)(p), n), nil
 }
 
+func (c *card) register(host []byte) error {
+	if r := C.tr_register(unsafe.Pointer(unsafe.SliceData(host)), C.size_t(len(host))); r != 0 {
+		return fmt.Errorf("cuMemHostRegister: %w", result(r))
+	}
+	return nil
+}
+
+func (c *card) unregister(host []byte) error {
+	if r := C.tr_unregister(unsafe.Pointer(unsafe.SliceData(host))); r != 0 {
+		return fmt.Errorf("cuMemHostUnregister: %w", result(r))
+	}
+	return nil
+}
+
 func (c *card) fill(dst address, value byte, n int64) error {
 	return cu.MemsetD8Async(cu.DevicePtr(dst), value, n, c.stream)
 }

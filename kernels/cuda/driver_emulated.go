@@ -42,7 +42,7 @@ func OpenEmulated(folder string, o Options) (*Device, error) {
 		if err != nil {
 			return nil, err
 		}
-		return &emulated{launchFn: launch, clockFn: clock, blas: b, maps: map[address][]byte{}}, nil
+		return &emulated{launchFn: launch, clockFn: clock, blas: b, maps: map[address][]byte{}, registered: map[*byte]int{}}, nil
 	})
 }
 
@@ -81,6 +81,7 @@ type emulated struct {
 	launchFn, clockFn unsafe.Pointer
 	blas              *blas
 	maps              map[address][]byte
+	registered        map[*byte]int // bytes
 	used              int64
 }
 
@@ -137,6 +138,33 @@ func (e *emulated) memory() (free, total int64, err error) {
 }
 
 func (e *emulated) pinned(n int) ([]byte, error) { return make([]byte, n), nil }
+
+func (e *emulated) register(host []byte) error {
+	if e.broken != nil {
+		return e.broken
+	}
+	first := unsafe.SliceData(host)
+	from := uintptr(unsafe.Pointer(first))
+	for at, n := range e.registered {
+		if other := uintptr(unsafe.Pointer(at)); from < other+uintptr(n) && other < from+uintptr(len(host)) {
+			return errors.New("register memory twice")
+		}
+	}
+	e.registered[first] = len(host)
+	return nil
+}
+
+func (e *emulated) unregister(host []byte) error {
+	if e.broken != nil {
+		return e.broken
+	}
+	first := unsafe.SliceData(host)
+	if n, ok := e.registered[first]; !ok || n != len(host) {
+		return errors.New("unregister memory that is not registered")
+	}
+	delete(e.registered, first)
+	return nil
+}
 
 func (e *emulated) launch(kernel string, grid, block size2, shared int, args ...any) error {
 	if e.broken != nil {

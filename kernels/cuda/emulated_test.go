@@ -50,6 +50,11 @@ func TestMaster(t *testing.T) { testMaster(t, emulator(t)) }
 
 func TestStaging(t *testing.T) { testStaging(t, emulator(t)) }
 
+func TestPins(t *testing.T) {
+	testPins(t, emulator(t))
+	testPinsEnd(t, emulator(t))
+}
+
 func TestProfiledStep(t *testing.T) { testProfile(t, emulator(t)) }
 
 // setBudget bounds the cost of kerneltest's cases.

@@ -15,8 +15,22 @@ const (
 
 // stream copies n values of itemSize bytes to dst, chunk by chunk. produce enqueues
 // what leaves count values from index from on somewhere on the card, and returns
-// where. While a chunk is copied out of pinned memory the card works on the next.
+// where. While a chunk is copied out of pinned memory the card works on the next;
+// to dst that is pinned the card copies itself.
 func (d *Device) stream(op string, dst []byte, n, itemSize int, produce func(c driver, from, count int) (address, error)) error {
+	if d.pinned(dst) {
+		for from := 0; from < n; from += streamChunk {
+			room := dst[itemSize*from : itemSize*min(n, from+streamChunk)]
+			d.enqueue(of(op, "%d bytes", len(room)), func(c driver) error {
+				at, err := produce(c, from, len(room)/itemSize)
+				if err == nil {
+					err = c.download(room, at)
+				}
+				return err
+			})
+		}
+		return d.wait(op)
+	}
 	slot := func(i int) []byte {
 		return d.down[i%2*len(d.down)/2:][:itemSize*min(streamChunk, n-i*streamChunk)]
 	}

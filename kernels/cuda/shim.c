@@ -12,6 +12,9 @@ int tr_launch(CUfunction f, unsigned gx, unsigned gy, unsigned bx, unsigned by, 
 int tr_pinned(void **p, size_t n) { return cuMemHostAlloc(p, n, CU_MEMHOSTALLOC_PORTABLE); }
 void tr_unpin(void *p) { cuMemFreeHost(p); }
 
+int tr_register(void *p, size_t n) { return cuMemHostRegister(p, n, CU_MEMHOSTREGISTER_PORTABLE); }
+int tr_unregister(void *p) { return cuMemHostUnregister(p); }
+
 int tr_capture_begin(CUstream stream) { return cuStreamBeginCapture(stream, CU_STREAM_CAPTURE_MODE_THREAD_LOCAL); }
 
 int tr_capture_end(CUstream stream, CUgraphExec *exec) {

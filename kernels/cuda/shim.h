@@ -13,6 +13,9 @@ int tr_allow_shared(CUfunction f, int bytes);
 int tr_launch(CUfunction f, unsigned gx, unsigned gy, unsigned bx, unsigned by, unsigned shared, CUstream stream, void *args, size_t size);
 int tr_pinned(void **p, size_t n);
 void tr_unpin(void *p);
+// Memory that was mapped by somebody else.
+int tr_register(void *p, size_t n);
+int tr_unregister(void *p);
 
 int tr_capture_begin(CUstream stream);
 int tr_capture_end(CUstream stream, CUgraphExec *exec);

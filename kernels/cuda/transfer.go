@@ -117,6 +117,9 @@ func (d *Device) Download(dst *tensor.Dense, src kernels.Buffer) error {
 // receive waits for the operations before it and copies from the card to host
 // bytes; with widen, bf16 there become float32 here.
 func (d *Device) receive(op string, x []byte, src address, widen bool) error {
+	if d.pinned(x) {
+		return d.receivePinned(op, x, src, widen)
+	}
 	for len(x) > 0 {
 		n, from := min(len(x), stageBytes), src
 		err := d.q.call(command{label: of(op, "%d bytes", n), run: func(c driver) error {
@@ -143,6 +146,24 @@ func (d *Device) receive(op string, x []byte, src address, widen bool) error {
 		src += address(n)
 	}
 	return nil
+}
+
+// receivePinned is receive where the card may write to x itself.
+func (d *Device) receivePinned(op string, x []byte, src address, widen bool) error {
+	if !widen {
+		d.enqueue(of(op, "%d bytes", len(x)), func(c driver) error { return c.download(x, src) })
+		return d.wait(op)
+	}
+	for from := 0; from < len(x); from += stageBytes {
+		room, at := x[from:min(len(x), from+stageBytes)], src+address(from/2)
+		d.enqueue(of(op, "%d bytes", len(room)), func(c driver) error {
+			if err := elementwise(c, "cast_bf16_f32", len(room)/4, d.stage, at); err != nil {
+				return err
+			}
+			return c.download(room, d.stage)
+		})
+	}
+	return d.wait(op)
 }
 
 // fetched is a download that Sync hands over: pinned memory that the card writes, and where it goes.

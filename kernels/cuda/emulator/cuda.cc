@@ -4,10 +4,12 @@
 //
 // A stream does nothing before it is waited for: whoever reuses host memory, or
 // frees device memory, before a copy is done gets wrong numbers here. Refused
-// with a word on stderr: calls from a thread without the context, copies from host memory that
-// is not page-locked, addresses outside allocations, launches beyond the limits of CUDA
-// or the shared memory that was asked for. A kernel that is given a pointer to no
-// allocation ends in an illegal address, which loses the context as on a card.
+// with a word on stderr: calls from a thread without the context, copies from or to
+// host memory that is not page-locked, when they are asked for or when they are done,
+// host memory registered twice, not from a page on, or still when the context goes, addresses
+// outside allocations, launches beyond the limits of CUDA or the shared memory that
+// was asked for. A kernel that is given a pointer to no allocation ends in an illegal
+// address, which loses the context as on a card.
 #include <cuda.h>
 
 #include <cstdarg>
@@ -49,7 +51,7 @@ struct Context {
 	CUresult sticky = CUDA_SUCCESS;
 	std::vector<Stream *> streams;
 	std::map<CUdeviceptr, Allocation> memory;
-	std::map<char *, size_t> pinned;
+	std::map<char *, size_t> pinned, registered;
 	size_t used = 0;
 };
 struct Kernel {
@@ -78,12 +80,18 @@ bool inside(Context *c, CUdeviceptr p, size_t n) {
 	--it;
 	return p + n <= it->first + it->second.bytes;
 }
-bool locked(Context *c, const void *p, size_t n) {
+bool within(const std::map<char *, size_t> &spans, const void *p, size_t n) {
 	auto at = static_cast<char *>(const_cast<void *>(p));
-	auto it = c->pinned.upper_bound(at);
-	if (it == c->pinned.begin()) return false;
+	auto it = spans.upper_bound(at);
+	if (it == spans.begin()) return false;
 	--it;
 	return at + n <= it->first + it->second;
+}
+bool locked(Context *c, const void *p, size_t n) { return within(c->pinned, p, n) || within(c->registered, p, n); }
+bool overlaps(const std::map<char *, size_t> &spans, char *p, size_t n) {
+	for (auto &s : spans)
+		if (p < s.first + s.second && s.first < p + n) return true;
+	return false;
 }
 
 double now() {
@@ -152,6 +160,7 @@ CUresult cuCtxDestroy(CUcontext context) {
 	std::lock_guard<std::recursive_mutex> held(lock);
 	Context *c = reinterpret_cast<Context *>(context);
 	CUresult r = c->sticky;
+	if (!r && !c->registered.empty()) r = refuse(CUDA_ERROR_INVALID_VALUE, "a context that is destroyed while %zu spans of host memory are registered", c->registered.size());
 	for (Stream *s : c->streams) {
 		if (!r) r = drain(s, nullptr);
 		delete s;
@@ -255,6 +264,24 @@ CUresult cuMemFreeHost(void *p) {
 	return CUDA_SUCCESS;
 }
 
+CUresult cuMemHostRegister(void *p, size_t n, unsigned flags) {
+	ENTER
+	char *at = static_cast<char *>(p);
+	unsigned char here;
+	if (!n || flags & ~unsigned(CU_MEMHOSTREGISTER_PORTABLE)) return refuse(CUDA_ERROR_INVALID_VALUE, "%zu bytes of host memory to be registered with flags %u", n, flags);
+	if (reinterpret_cast<size_t>(p) % kPage) return refuse(CUDA_ERROR_INVALID_VALUE, "host memory to be registered that does not start at a page");
+	if (overlaps(current->pinned, at, n) || overlaps(current->registered, at, n)) return refuse(CUDA_ERROR_HOST_MEMORY_ALREADY_REGISTERED, "host memory that is page-locked already");
+	for (char *q = at; q < at + n; q += kPage)
+		if (mincore(q, 1, &here)) return refuse(CUDA_ERROR_INVALID_VALUE, "memory to be registered that is not there");
+	current->registered[at] = n;
+	return CUDA_SUCCESS;
+}
+CUresult cuMemHostUnregister(void *p) {
+	ENTER
+	if (!current->registered.erase(static_cast<char *>(p))) return refuse(CUDA_ERROR_HOST_MEMORY_NOT_REGISTERED, "host memory to be unregistered that is not registered, or does not start there");
+	return CUDA_SUCCESS;
+}
+
 CUresult cuMemsetD8Async(CUdeviceptr p, unsigned char v, size_t n, CUstream s) {
 	ENTER
 	STREAM(s)
@@ -280,7 +307,11 @@ CUresult cuMemcpyDtoHAsync(void *to, CUdeviceptr from, size_t n, CUstream s) {
 	ENTER
 	STREAM(s)
 	if (!inside(current, from, n) || !locked(current, to, n)) return refuse(CUDA_ERROR_INVALID_VALUE, "a download of %zu bytes outside an allocation, or not to page-locked memory", n);
-	stream->work.push_back([=] { memcpy(to, reinterpret_cast<void *>(from), n); });
+	Context *c = current;
+	stream->work.push_back([=] {
+		if (locked(c, to, n)) memcpy(to, reinterpret_cast<void *>(from), n);
+		else c->sticky = refuse(CUDA_ERROR_ILLEGAL_ADDRESS, "%zu bytes that arrive in host memory which is no longer page-locked", n);
+	});
 	return CUDA_SUCCESS;
 }
 
