@@ -36,7 +36,7 @@ type profile struct {
 // hostOnly tells the commands that put nothing on the stream; what they take counts as a gap.
 func hostOnly(op string) bool {
 	switch op {
-	case "free", "memory", "open", "close", "sync", "profile":
+	case "free", "memory", "open", "close", "sync", "profile", "pin", "unpin":
 		return true
 	}
 	return strings.HasPrefix(op, "allocate ")
