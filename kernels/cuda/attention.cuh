@@ -26,17 +26,28 @@ TR_INLINE bf16 *chunk_at(bf16 *tile, int row, int chunk) {
 	return tile + row * D + ((chunk ^ (row & 7)) << 3);
 }
 
+// Group is how many stacked rows a token has; token_of divides a row of a tile by it
+// (exact for rows and sizes up to 64: emu/test_fragments.cc tries all).
+struct Group {
+	int size, inverse;
+};
+TR_INLINE Group group_of(int size) {
+	Group g = {size, 65536 / size + 1};
+	return g;
+}
+TR_INLINE int token_of(int r, const Group &g) { return r * g.inverse >> 16; }
+
 // load_stacked starts the copy of a tile's stacked rows: row r is head r%group of
 // token r/group. base points at the first head of the tile's first token.
 template <int D>
-TR_INLINE void load_stacked(bf16 *tile, const bf16 *base, int stride, int rows, int group) {
+TR_INLINE void load_stacked(bf16 *tile, const bf16 *base, int stride, int rows, const Group &group) {
 	const int per_row = D / 8, step = 128 / per_row;
 	int chunk = threadIdx.x % per_row;
 #pragma unroll
 	for (int k = 0; k < kTile / step; k++) {
 		int r = threadIdx.x / per_row + k * step;
 		bool valid = r < rows;
-		int token = valid ? r / group : 0, head = valid ? r - token * group : 0;
+		int token = valid ? token_of(r, group) : 0, head = valid ? r - token * group.size : 0;
 		cp_async16(chunk_at<D>(tile, r, chunk), base + static_cast<long long>(token) * stride + head * D + chunk * 8, valid);
 	}
 }
@@ -46,10 +57,18 @@ TR_INLINE void load_stacked(bf16 *tile, const bf16 *base, int stride, int rows, 
 template <int D>
 TR_INLINE void load_keys(bf16 *tile, const bf16 *prefix, int prefix_stride, int prefix_len, const bf16 *own, int own_stride, int c, int to) {
 	const int per_row = D / 8, step = 128 / per_row;
-	int chunk = threadIdx.x % per_row;
+	int chunk = threadIdx.x % per_row, first = threadIdx.x / per_row;
+	bool all_own = c >= prefix_len;
+	if (c + kTile <= to && (all_own || c + kTile <= prefix_len)) { // a whole tile of one matrix
+		long long stride = all_own ? own_stride : prefix_stride;
+		const bf16 *p = (all_own ? own : prefix) + (c - (all_own ? prefix_len : 0) + first) * stride + chunk * 8;
+#pragma unroll
+		for (int k = 0; k < kTile / step; k++, p += step * stride) cp_async16(chunk_at<D>(tile, first + k * step, chunk), p, true);
+		return;
+	}
 #pragma unroll
 	for (int k = 0; k < kTile / step; k++) {
-		int r = threadIdx.x / per_row + k * step, key = c + r;
+		int r = first + k * step, key = c + r;
 		const bf16 *p = own;
 		if (key < to) p = key < prefix_len ? prefix + static_cast<long long>(key) * prefix_stride : own + static_cast<long long>(key - prefix_len) * own_stride;
 		cp_async16(chunk_at<D>(tile, r, chunk), p + chunk * 8, key < to);
@@ -99,14 +118,14 @@ TR_INLINE void stage(bf16 *tile, int row, const float (&acc)[D / 8][4], float fa
 
 // store_stacked stores a warp's 16 rows of a tile as stacked rows; see load_stacked.
 template <int D>
-TR_INLINE void store_stacked(bf16 *base, int stride, bf16 *tile, int row, int rows, int group) {
+TR_INLINE void store_stacked(bf16 *base, int stride, bf16 *tile, int row, int rows, const Group &group) {
 	int lane = threadIdx.x % 32;
 	const int per_row = D / 8;
 #pragma unroll
 	for (int k = 0; k < 16 * per_row / 32; k++) {
 		int r = row + (lane + 32 * k) / per_row, chunk = (lane + 32 * k) % per_row;
 		if (r >= rows) continue;
-		int token = r / group, head = r - token * group;
+		int token = token_of(r, group), head = r - token * group.size;
 		*reinterpret_cast<uint4 *>(base + static_cast<long long>(token) * stride + head * D + chunk * 8) = *reinterpret_cast<const uint4 *>(chunk_at<D>(tile, r, chunk));
 	}
 }

@@ -58,6 +58,7 @@ TR_INLINE void attention_dkv(bf16 *dqkv, float *part, const bf16 *qkv, const bf1
 	int head = blockIdx.y, group = h / kv, width = (h + 2 * kv) * D;
 	int warp = threadIdx.x / 32, lane = threadIdx.x % 32, row = warp * 16;
 	bool active = row < keys;
+	Group by = group_of(group), one = group_of(1);
 	Cursor cursor = {ranges + 4 * work[2], work[3], 0, 0, 0};
 	cursor.settle();
 
@@ -65,11 +66,11 @@ TR_INLINE void attention_dkv(bf16 *dqkv, float *part, const bf16 *qkv, const bf1
 		Tile t = read_tile(tiles + 8 * cursor.tile);
 		int rows = t.n * group;
 		QueryStage<D> &x = stages[s];
-		load_stacked<D>(x.q, qkv + static_cast<long long>(t.q) * width + head * group * D, width, rows, group);
-		load_stacked<D>(x.dout, dout + static_cast<long long>(t.q) * h * D + head * group * D, h * D, rows, group);
+		load_stacked<D>(x.q, qkv + static_cast<long long>(t.q) * width + head * group * D, width, rows, by);
+		load_stacked<D>(x.dout, dout + static_cast<long long>(t.q) * h * D + head * group * D, h * D, rows, by);
 		int r = threadIdx.x % kTile;
 		bool valid = r < rows;
-		int token = valid ? r / group : 0;
+		int token = valid ? token_of(r, by) : 0;
 		long long at = static_cast<long long>(t.q + token) * h + head * group + (valid ? r - token * group : 0);
 		if (threadIdx.x < kTile) {
 			cp_async4(x.lse + r, lse + at, valid);
@@ -81,8 +82,8 @@ TR_INLINE void attention_dkv(bf16 *dqkv, float *part, const bf16 *qkv, const bf1
 		cursor.next();
 	};
 	const bf16 *k = qkv + static_cast<long long>(key) * width + (h + head) * D, *v = k + kv * D;
-	load_stacked<D>(tile_k, k, width, keys, 1);
-	load_stacked<D>(tile_v, v, width, keys, 1);
+	load_stacked<D>(tile_k, k, width, keys, one);
+	load_stacked<D>(tile_v, v, width, keys, one);
 	bool more = !cursor.done();
 	if (more) load(0);
 	else cp_async_commit();
@@ -179,8 +180,8 @@ TR_INLINE void attention_dkv(bf16 *dqkv, float *part, const bf16 *qkv, const bf1
 	stage<D>(tile_v, row, dv, 1.0f, 1.0f);
 	__syncwarp();
 	bf16 *o = dqkv + static_cast<long long>(key) * width + (h + head) * D;
-	store_stacked<D>(o, width, tile_k, row, keys, 1);
-	store_stacked<D>(o + kv * D, width, tile_v, row, keys, 1);
+	store_stacked<D>(o, width, tile_k, row, keys, one);
+	store_stacked<D>(o + kv * D, width, tile_v, row, keys, one);
 }
 
 template <int D>
@@ -192,6 +193,7 @@ TR_INLINE void attention_dq(bf16 *dqkv, const bf16 *qkv, const bf16 *dout, const
 	int head = blockIdx.y, group = h / kv, rows = t.n * group, width = (h + 2 * kv) * D;
 	int warp = threadIdx.x / 32, lane = threadIdx.x % 32, row = warp * 16, to = visible(t, t.n - 1);
 	bool active = row < rows;
+	Group by = group_of(group);
 
 	const bf16 *k = qkv + (h + head) * D;
 	auto load = [&](int s, int c) {
@@ -200,8 +202,8 @@ TR_INLINE void attention_dq(bf16 *dqkv, const bf16 *qkv, const bf16 *dout, const
 		load_keys<D>(tiles_v + s * kTile * D, pre + kv * D, width, t.prefix_len, own + kv * D, width, c, to);
 		cp_async_commit();
 	};
-	load_stacked<D>(tile_q, qkv + static_cast<long long>(t.q) * width + head * group * D, width, rows, group);
-	load_stacked<D>(tile_dout, dout + static_cast<long long>(t.q) * h * D + head * group * D, h * D, rows, group);
+	load_stacked<D>(tile_q, qkv + static_cast<long long>(t.q) * width + head * group * D, width, rows, by);
+	load_stacked<D>(tile_dout, dout + static_cast<long long>(t.q) * h * D + head * group * D, h * D, rows, by);
 	if (to > 0) load(0, 0);
 	else cp_async_commit();
 
@@ -289,7 +291,7 @@ TR_INLINE void attention_dq(bf16 *dqkv, const bf16 *qkv, const bf16 *dout, const
 	if (!active) return;
 	stage<D>(tile_q, row, dq, scale, scale);
 	__syncwarp();
-	store_stacked<D>(dqkv + static_cast<long long>(t.q) * width + head * group * D, width, tile_q, row, rows, group);
+	store_stacked<D>(dqkv + static_cast<long long>(t.q) * width + head * group * D, width, tile_q, row, rows, by);
 }
 
 } // namespace

@@ -28,6 +28,7 @@ TR_INLINE void attention_forward(bf16 *out, float *lse, const bf16 *q, const bf1
 	int head = blockIdx.y, group = h / kv, rows = t.n * group;
 	int warp = threadIdx.x / 32, lane = threadIdx.x % 32, row = warp * 16;
 	bool works = row < rows;
+	Group by = group_of(group);
 
 	const bf16 *own_k = k + static_cast<long long>(t.own) * k_stride + head * D, *own_v = v + static_cast<long long>(t.own) * v_stride + head * D;
 	const bf16 *pre_k = pk + static_cast<long long>(t.prefix) * pk_stride + head * D, *pre_v = pv + static_cast<long long>(t.prefix) * pv_stride + head * D;
@@ -36,7 +37,7 @@ TR_INLINE void attention_forward(bf16 *out, float *lse, const bf16 *q, const bf1
 		load_keys<D>(tiles_v + stage * kTile * D, pre_v, pv_stride, t.prefix_len, own_v, v_stride, c, to);
 		cp_async_commit();
 	};
-	load_stacked<D>(tile_q, q + static_cast<long long>(t.q) * q_stride + head * group * D, q_stride, rows, group);
+	load_stacked<D>(tile_q, q + static_cast<long long>(t.q) * q_stride + head * group * D, q_stride, rows, by);
 	if (from < to) load(0, from);
 	else cp_async_commit();
 
@@ -161,7 +162,7 @@ TR_INLINE void attention_forward(bf16 *out, float *lse, const bf16 *q, const bf1
 	}
 	stage<D>(tile_q, row, acc, sum_a == 0.0f ? 0.0f : 1.0f / sum_a, sum_b == 0.0f ? 0.0f : 1.0f / sum_b);
 	__syncwarp();
-	store_stacked<D>(out + static_cast<long long>(t.q) * h * D + head * group * D, h * D, tile_q, row, rows, group);
+	store_stacked<D>(out + static_cast<long long>(t.q) * h * D + head * group * D, h * D, tile_q, row, rows, by);
 }
 
 } // namespace

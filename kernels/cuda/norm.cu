@@ -83,11 +83,11 @@ extern "C" __global__ void __launch_bounds__(256)
 	for (int i = threadIdx.x + kChunks * blockDim.x; i < chunks; i += blockDim.x) put(i, load_raw(again + base + i * 8, d - i * 8, vec));
 }
 
-// part[b] is block b's share of dw. d is at most 8·kChunks·blockDim.x.
-extern "C" __global__ void __launch_bounds__(256)
-	rmsnorm_backward_bf16(bf16 *dx, float *part, const bf16 *dy, const bf16 *x, const bf16 *w, const float *rstd, int t, int d, int add_to) {
-	TR_DYNAMIC(float, sums); // [blockDim.y, d] when blockDim.y > 1
-	bool vec = d % 8 == 0 && aligned16(x) && aligned16(dx) && aligned16(dy) && aligned16(w);
+namespace {
+
+// vec is a parameter of the template so that the registers are those of one path.
+template <bool vec>
+TR_INLINE void rmsnorm_backward(float *sums, bf16 *dx, float *part, const bf16 *dy, const bf16 *x, const bf16 *w, const float *rstd, int t, int d, int add_to) {
 	int chunks = (d + 7) / 8;
 	float dw[kChunks][8];
 #pragma unroll
@@ -97,13 +97,19 @@ extern "C" __global__ void __launch_bounds__(256)
 	for (int row = blockIdx.x * blockDim.y + threadIdx.y; row < t; row += gridDim.x * blockDim.y) {
 		long long base = static_cast<long long>(row) * d;
 		float r = rstd[row], dot = 0;
-		uint4 kept_x[kChunks], kept_dy[kChunks];
+		uint4 kept_x[kChunks], kept_dy[kChunks], kept_dx[kChunks]; // all of a row's loads before its sum is waited for
 #pragma unroll
 		for (int c = 0; c < kChunks; c++) {
 			int i = threadIdx.x + c * blockDim.x;
 			if (i >= chunks) continue;
 			kept_x[c] = load_raw(x + base + i * 8, d - i * 8, vec);
 			kept_dy[c] = load_raw(dy + base + i * 8, d - i * 8, vec);
+			if (vec && add_to) kept_dx[c] = load_raw(dx + base + i * 8, d - i * 8, vec);
+		}
+#pragma unroll
+		for (int c = 0; c < kChunks; c++) {
+			int i = threadIdx.x + c * blockDim.x;
+			if (i >= chunks) continue;
 			float v[8], g[8], m[8];
 			unpack8(v, kept_x[c]);
 			unpack8(g, kept_dy[c]);
@@ -126,7 +132,8 @@ extern "C" __global__ void __launch_bounds__(256)
 #pragma unroll
 			for (int j = 0; j < 8; j++) v[j] = r * g[j] * m[j] + k * v[j];
 			if (add_to) {
-				load8(g, dx + base + i * 8, d - i * 8, vec);
+				if (vec) unpack8(g, kept_dx[c]);
+				else load8(g, dx + base + i * 8, d - i * 8, vec);
 #pragma unroll
 				for (int j = 0; j < 8; j++) v[j] += g[j];
 			}
@@ -147,4 +154,14 @@ extern "C" __global__ void __launch_bounds__(256)
 		for (int i = 0; i < static_cast<int>(blockDim.y); i++) total += sums[i * d + j];
 		mine[j] = total;
 	}
+}
+
+} // namespace
+
+// part[b] is block b's share of dw. d is at most 8·kChunks·blockDim.x.
+extern "C" __global__ void __launch_bounds__(256, 2)
+	rmsnorm_backward_bf16(bf16 *dx, float *part, const bf16 *dy, const bf16 *x, const bf16 *w, const float *rstd, int t, int d, int add_to) {
+	TR_DYNAMIC(float, sums); // [blockDim.y, d] when blockDim.y > 1
+	if (d % 8 == 0 && aligned16(x) && aligned16(dx) && aligned16(dy) && aligned16(w)) rmsnorm_backward<true>(sums, dx, part, dy, x, w, rstd, t, d, add_to);
+	else rmsnorm_backward<false>(sums, dx, part, dy, x, w, rstd, t, d, add_to);
 }

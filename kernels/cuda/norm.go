@@ -47,7 +47,7 @@ func (d *Device) RMSNormBackward(x kernels.NormBackward) {
 		}
 		return
 	}
-	parts, block, shared, t := clamp(ceil(x.T, 4), 1, 264), size2{32, 4}, 16*x.D, grad.t
+	parts, block, shared, t := clamp(ceil(x.T, 4), 1, 528), size2{32, 4}, 16*x.D, grad.t
 	if x.D > 1024 {
 		parts, block, shared = clamp(x.T, 1, 264), size2{256, 1}, 0
 	}

@@ -43,17 +43,25 @@ TR_INLINE void scatter_add(T *dst, const bf16 *src, const int *dst_row, const in
 	}
 	bool vec = d % 8 == 0 && aligned16(src), vec_dst = d % 8 == 0 && aligned16(dst);
 	T *o = dst + static_cast<long long>(row) * d + column;
-	float sum[8] = {0, 0, 0, 0, 0, 0, 0, 0}, x[8];
+	float sum[8] = {0, 0, 0, 0, 0, 0, 0, 0};
 	if (accumulate) load8(sum, o, left, vec_dst);
-	for (int i = from; i < to; i++) {
-		int r = src_row[i];
-		if (r < 0 || r >= src_rows) {
-			if (bad && column == 0) atomicMin(bad, u);
-			continue;
-		}
-		load8(x, src + static_cast<long long>(r) * d + column, left, vec);
+	// Four rows are under way at once: a token that comes a thousand times is one bucket.
+	for (int first = from; first < to; first += 4) {
+		float x[4][8];
+		bool inside[4];
 #pragma unroll
-		for (int j = 0; j < 8; j++) sum[j] += x[j];
+		for (int i = 0; i < 4; i++) {
+			int r = first + i < to ? src_row[first + i] : 0;
+			inside[i] = first + i < to && r >= 0 && r < src_rows;
+			if (first + i < to && !inside[i] && bad && column == 0) atomicMin(bad, u);
+			if (inside[i]) load8(x[i], src + static_cast<long long>(r) * d + column, left, vec);
+		}
+#pragma unroll
+		for (int i = 0; i < 4; i++)
+			if (inside[i]) {
+#pragma unroll
+				for (int j = 0; j < 8; j++) sum[j] += x[i][j];
+			}
 	}
 	store8(o, sum, left, vec_dst);
 }
@@ -63,14 +71,22 @@ TR_INLINE float get(const bf16 *p) { return bf16_float(*p); }
 TR_INLINE void put(float *p, float x) { *p = x; }
 TR_INLINE void put(bf16 *p, float x) { *p = float_bf16(x); }
 
-// A thread sums one column, part after part.
+// A block takes 32 columns. Its warp w adds parts w, w+8, ... of each, and the first
+// warp the eight sums in order: as many loads are under way as a few columns allow.
 template <class T>
 TR_INLINE void reduce_partials(T *out, const float *part, int parts, int n, int stride, int accumulate) {
-	int j = blockIdx.x * blockDim.x + threadIdx.x;
-	if (j >= n) return;
-	float sum = accumulate ? get(out + j) : 0.0f;
-	for (int p = 0; p < parts; p++) sum += part[static_cast<long long>(p) * stride + j];
-	put(out + j, sum);
+	TR_SHARED(float, sums, 8 * 32);
+	int lane = threadIdx.x % 32, warp = threadIdx.x / 32, j = blockIdx.x * 32 + lane;
+	float sum = 0;
+	if (j < n) {
+#pragma unroll 4
+		for (int p = warp; p < parts; p += 8) sum += part[static_cast<long long>(p) * stride + j];
+	}
+	sums[warp * 32 + lane] = sum;
+	__syncthreads();
+	if (warp > 0 || j >= n) return;
+	for (int i = 1; i < 8; i++) sum += sums[i * 32 + lane];
+	put(out + j, accumulate ? sum + get(out + j) : sum);
 }
 
 } // namespace

@@ -87,7 +87,7 @@ func (d *Device) reduce(c driver, out address, t kernels.DType, skip, parts, n, 
 	if t == kernels.F32 {
 		kernel = "reduce_partials_f32"
 	}
-	return c.launch(kernel, size2{ceil(n, 256), 1}, size2{256, 1}, 0, out, d.partials+address(4*skip), int32(parts), int32(n), int32(stride), flag32(accumulate))
+	return c.launch(kernel, size2{ceil(n, 32), 1}, size2{256, 1}, 0, out, d.partials+address(4*skip), int32(parts), int32(n), int32(stride), flag32(accumulate))
 }
 
 // partialFloats is what the workspace of partial sums holds.
