@@ -43,9 +43,10 @@ type CheckpointResult struct {
 	RSSGrowth      int64   `json:"rss_growth"`    // bytes: the most while a captured checkpoint is written, over what it was before
 
 	StepSeconds   float64 `json:"step_s"`        // nothing else running
+	StepCPU       float64 `json:"step_cpu_s"`    // processor seconds of that
 	BesideSeconds float64 `json:"step_beside_s"` // with a checkpoint being written
 	Cost          float64 `json:"cost"`          // of a checkpoint, as a share of a step: (capture + beside - step) / step, paired
-	CPUShare      float64 `json:"cpu_share"`     // processor seconds of a checkpoint as a share of all that a step could use: the cost, where the device is the processor and wastes none
+	CPUShare      float64 `json:"cpu_share"`     // the same in processor seconds of all cores, until the write is done: the cost where the device is the processor and wastes none, whoever else uses the machine
 }
 
 // CheckpointOptions say what Checkpoint measures.
@@ -114,19 +115,21 @@ func Checkpoint(ctx context.Context, dev kernels.Device, o CheckpointOptions) (C
 		return r, err
 	}
 	r.FirstSeconds, r.HostBytes = time.Since(began).Seconds(), int64(len(b.memory.Bytes))
-	var captures, captureCPU, writes, writeCPU, writesAlone, directs, alone, beside, costs []float64
+	var captures, captureCPU, writes, writeCPU, writesAlone, directs, alone, aloneCPU, beside, costs, shares []float64
 	for range o.Repeats {
+		before := processTime()
 		s, err := step()
 		if err != nil {
 			return r, err
 		}
+		stepCPU := processTime().since(before)
 		began, before := time.Now(), processTime()
 		w, err := b.capture(ctx, m)
 		if err != nil {
 			return r, err
 		}
 		captured := time.Since(began).Seconds()
-		captureCPU = append(captureCPU, processTime().since(before))
+		captureCPU = append(captureCPU, processTime().since(before)) // before stays that of the pair
 		written := make(chan error, 1)
 		var took float64
 		go func() {
@@ -142,6 +145,7 @@ func Checkpoint(ctx context.Context, dev kernels.Device, o CheckpointOptions) (C
 		if serr != nil {
 			return r, serr
 		}
+		aloneCPU, shares = append(aloneCPU, stepCPU), append(shares, (processTime().since(before)-stepCPU)/stepCPU)
 		runtime.GC() // of the step's garbage
 		rss, err := watchRSS()
 		if err != nil {
@@ -167,7 +171,7 @@ func Checkpoint(ctx context.Context, dev kernels.Device, o CheckpointOptions) (C
 	r.CaptureCPU, r.WriteCPU, r.AloneSeconds = median(captureCPU), median(writeCPU), median(writesAlone)
 	r.CaptureSeconds, r.WriteSeconds, r.DirectSeconds = median(captures), median(writes), median(directs)
 	r.StepSeconds, r.BesideSeconds, r.Cost = median(alone), median(beside), median(costs)
-	r.CPUShare = (r.CaptureCPU + r.WriteCPU) / r.StepSeconds / float64(runtime.GOMAXPROCS(0))
+	r.StepCPU, r.CPUShare = median(aloneCPU), median(shares)
 	r.CaptureGBs, r.WriteGBs = float64(r.HostBytes)/r.CaptureSeconds/1e9, float64(r.Bytes)/r.WriteSeconds/1e9
 	return r, nil
 }
@@ -303,7 +307,7 @@ func (r CheckpointResult) Table(out io.Writer) error {
 	row("write, nothing else running", r.AloneSeconds, float64(r.Bytes)/r.AloneSeconds/1e9, r.WriteCPU, fmt.Sprintf("%.2f GB in the store, %.1f MB more in memory", float64(r.Bytes)/1e9, float64(r.RSSGrowth)/1e6))
 	row("write beside a step", r.WriteSeconds, r.WriteGBs, 0, "")
 	row("write, device held", r.DirectSeconds, float64(r.Bytes)/r.DirectSeconds/1e9, 0, "")
-	row("step alone", r.StepSeconds, 0, 0, "")
+	row("step alone", r.StepSeconds, 0, r.StepCPU, "")
 	row("step beside a write", r.BesideSeconds, 0, 0, "")
 	for _, every := range []int{1, 2, 5, 10} {
 		fmt.Fprintf(t, "cost, published every %d\t%.1f %%\t\t%.1f %% in processor s\tof training\t\n", every, 100*r.Cost/float64(every), 100*r.CPUShare/float64(every))

@@ -40,7 +40,7 @@ func TestCheckpoint(t *testing.T) {
 		if over := r.Bytes - tc.store*n; over < 0 || over > 16<<10 {
 			t.Errorf("%d bytes stored of %d parameters", r.Bytes, n)
 		}
-		if r.CaptureSeconds <= 0 || r.WriteSeconds <= 0 || r.DirectSeconds <= 0 || r.StepSeconds <= 0 || r.CaptureCPU < 0 || r.WriteCPU <= 0 || r.FirstSeconds <= 0 || r.BesideSeconds <= 0 {
+		if r.CaptureSeconds <= 0 || r.WriteSeconds <= 0 || r.DirectSeconds <= 0 || r.StepSeconds <= 0 || r.CaptureCPU < 0 || r.WriteCPU <= 0 || r.StepCPU <= 0 || r.FirstSeconds <= 0 || r.BesideSeconds <= 0 {
 			t.Errorf("times %+v", r)
 		}
 		var out bytes.Buffer

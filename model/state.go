@@ -62,11 +62,19 @@ type values struct {
 	b []int8
 }
 
-// bytes appends the values to dst, little-endian.
+// bytes returns the values little-endian: as they lie, or where the machine has
+// the other order in the memory of dst.
 func (v values) bytes(dst []byte) []byte {
-	if binary.NativeEndian.Uint16([]byte{1, 0}) == 1 { // as they lie
-		return append(append(append(dst, raw(v.f)...), raw(v.h)...), raw(v.b)...)
+	if binary.NativeEndian.Uint16([]byte{1, 0}) == 1 {
+		switch {
+		case v.f != nil:
+			return raw(v.f)
+		case v.h != nil:
+			return raw(v.h)
+		}
+		return raw(v.b)
 	}
+	dst = dst[:0]
 	for _, x := range v.f {
 		dst = binary.LittleEndian.AppendUint32(dst, math.Float32bits(x))
 	}
@@ -110,10 +118,11 @@ func (v values) dense() *tensor.Dense {
 	return denseI8(v.b)
 }
 
-// section reads and writes a run of one flat buffer.
+// section reads and writes a run of one flat buffer. get fills x, or returns
+// values of the same number and type that it has already.
 type section struct {
 	stateBuffer
-	get func(off int, x values) error
+	get func(off int, x values) (values, error)
 	put func(off int, x values)
 }
 
@@ -164,9 +173,9 @@ func (m *Model) sections() []section {
 	var s []section
 	for _, b := range m.stateBuffers() {
 		s = append(s, section{b,
-			func(off int, x values) error {
+			func(off int, x values) (values, error) {
 				d := x.dense()
-				return m.dev.Download(d, b.buf.Slice(off, off+d.DataSize()))
+				return x, m.dev.Download(d, b.buf.Slice(off, off+d.DataSize()))
 			},
 			func(off int, x values) {
 				d := x.dense()
@@ -251,11 +260,14 @@ func (m *Model) CaptureState(buf []float32) (*State, error) {
 		if err := m.dev.Download(host.dense(), b.buf); err != nil {
 			return nil, fmt.Errorf("read %s from the device: %w", b.name, err)
 		}
-		s.sections = append(s.sections, section{stateBuffer: b, get: func(off int, x values) error {
-			copy(x.f, host.f[min(off, len(host.f)):])
-			copy(x.h, host.h[min(off, len(host.h)):])
-			copy(x.b, host.b[min(off, len(host.b)):])
-			return nil
+		s.sections = append(s.sections, section{stateBuffer: b, get: func(off int, x values) (values, error) {
+			switch {
+			case x.h != nil:
+				return values{h: host.h[off : off+len(x.h)]}, nil
+			case x.b != nil:
+				return values{b: host.b[off : off+len(x.b)]}, nil
+			}
+			return values{f: host.f[off : off+len(x.f)]}, nil
 		}})
 	}
 	return s, nil
@@ -267,7 +279,7 @@ func (s *State) Save(w io.Writer) error {
 }
 
 func saveState(w io.Writer, header stateHeader, compact bool, lay *layout, sections []section) error {
-	out := bufio.NewWriterSize(w, 1<<20)
+	out := bufio.NewWriterSize(w, 64<<10) // for checksums; a frame goes past it
 	version, fixed := uint32(stateFloat32), any(header)
 	if compact {
 		version, fixed = stateCompact, stateCompactHeader{header, kernels.MomentBlock}
@@ -283,14 +295,17 @@ func saveState(w io.Writer, header stateHeader, compact bool, lay *layout, secti
 	if _, err := out.Write(head); err != nil {
 		return fmt.Errorf("write state: %w", err)
 	}
-	bytes := make([]byte, 0, 4*stateFrame+4)
+	var data []byte
 	err = eachFrame(lay, sections, func(s section, off int, x values) error {
-		if err := s.get(off, x); err != nil {
+		x, err := s.get(off, x)
+		if err != nil {
 			return fmt.Errorf("read %s: %w", s.name, err)
 		}
-		bytes = x.bytes(bytes[:0])
-		bytes = binary.LittleEndian.AppendUint32(bytes, crc32.Checksum(bytes, castagnoli))
-		_, err := out.Write(bytes)
+		data = x.bytes(data)
+		if _, err := out.Write(data); err != nil {
+			return err
+		}
+		_, err = out.Write(binary.LittleEndian.AppendUint32(nil, crc32.Checksum(data, castagnoli)))
 		return err
 	})
 	if err == nil {

@@ -47,12 +47,15 @@ func encode(dst []byte, src []float32, dtype string) ([]byte, int) {
 			binary.LittleEndian.PutUint32(out[4*i:], math.Float32bits(x))
 		}
 	case "BF16":
-		for i, x := range src {
-			h := toBFloat(x)
-			if h&0x7fff == 0x7f80 {
-				check(i)
+		for i := 0; i < len(src); {
+			i += toBFloats(out[2*i:], src[i:])
+			for end := min(i+4, len(src)); i < end; i++ {
+				h := toBFloat(src[i])
+				if h&0x7fff == 0x7f80 {
+					check(i)
+				}
+				binary.LittleEndian.PutUint16(out[2*i:], h)
 			}
-			binary.LittleEndian.PutUint16(out[2*i:], h)
 		}
 	case "F16":
 		for i, x := range src {
@@ -104,4 +107,26 @@ func toBFloat(x float32) uint16 {
 		return uint16(bits>>16) | 0x40
 	}
 	return uint16((bits + 0x7fff + bits>>16&1) >> 16)
+}
+
+// toBFloats is toBFloat of many numbers, four at a time, little-endian. It returns
+// how many it did: it stops at four of which one is 2^127 or more, infinite or not
+// a number, which want a closer look, and where fewer than four are left.
+func toBFloats(dst []byte, src []float32) (n int) {
+	const sign = 1 << 31
+	for ; len(src) >= 4 && len(dst) >= 8; src, dst = src[4:], dst[8:] {
+		a, b, c, d := math.Float32bits(src[0]), math.Float32bits(src[1]), math.Float32bits(src[2]), math.Float32bits(src[3])
+		// Exponents of 254 and 255 carry into the sign's place.
+		if ((a&^sign+1<<24)|(b&^sign+1<<24)|(c&^sign+1<<24)|(d&^sign+1<<24))&sign != 0 {
+			return n
+		}
+		a += 0x7fff + a>>16&1
+		b += 0x7fff + b>>16&1
+		c += 0x7fff + c>>16&1
+		d += 0x7fff + d>>16&1
+		low, high := a>>16|b&0xffff0000, c>>16|d&0xffff0000
+		binary.LittleEndian.PutUint64(dst, uint64(low)|uint64(high)<<32)
+		n += 4
+	}
+	return n
 }

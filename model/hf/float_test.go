@@ -1,6 +1,7 @@
 package hf
 
 import (
+	"encoding/binary"
 	"math"
 	"math/rand/v2"
 	"testing"
@@ -109,5 +110,73 @@ func TestEncodeReportsOverflow(t *testing.T) {
 		if _, got := encode(nil, []float32{1, 70000, math.MaxFloat32, float32(math.Inf(1))}, dtype); got != want {
 			t.Errorf("%s: overflow at %d, expected %d", dtype, got, want)
 		}
+	}
+}
+
+// TestFourAtOnce compares the rounding of four numbers with that of each, and
+// encode with both at every length and place of a large number.
+func TestFourAtOnce(t *testing.T) {
+	seed := rand.Uint64()
+	t.Logf("seed %d", seed)
+	rng := rand.New(rand.NewPCG(seed, 0))
+	edges := []uint32{0, 0x80000000, 1, 0x7fff, 0x8000, 0x8001, 0x18000, 0x3f808000, 0x3f818000, 0x7effffff, 0x7f000000, 0xfeffffff, 0xff000000, 0x7f7f7fff, 0x7f7f8000, 0x7f7fffff, 0x7f800000, 0xff800000, 0x7f800001, 0xffffffff}
+	large := func(bits uint32) bool { return bits&0x7fffffff >= 0x7f000000 }
+	some := func() float32 {
+		if rng.IntN(8) == 0 {
+			return math.Float32frombits(edges[rng.IntN(len(edges))])
+		}
+		return math.Float32frombits(rng.Uint32())
+	}
+	fast := 0
+	for range 200_000 {
+		x, want := []float32{some(), some(), some(), some()}, 4
+		var data [8]byte
+		n := toBFloats(data[:], x)
+		for i, v := range x {
+			if large(math.Float32bits(v)) {
+				want = 0
+			}
+			if got := binary.LittleEndian.Uint16(data[2*i:]); n == 4 && got != toBFloat(v) {
+				t.Fatalf("%v at %d becomes %#04x, expected %#04x", x, i, got, toBFloat(v))
+			}
+		}
+		if n != want {
+			t.Fatalf("%v: %d done, expected %d", x, n, want)
+		}
+		if n == 4 {
+			fast++
+		}
+	}
+	if fast < 1000 {
+		t.Errorf("only %d of the quadruples had no large number", fast)
+	}
+	for n := range 14 {
+		for at := range n {
+			src := make([]float32, n)
+			for i := range src {
+				src[i] = float32(rng.NormFloat64())
+			}
+			src[at] = -math.MaxFloat32
+			data, overflow := encode(nil, src, "BF16")
+			if overflow != at || len(data) != 2*n {
+				t.Fatalf("%d values, the one at %d too large: overflow at %d, %d bytes", n, at, overflow, len(data))
+			}
+			for i, v := range src {
+				if got := binary.LittleEndian.Uint16(data[2*i:]); got != toBFloat(v) {
+					t.Fatalf("value %d of %d is %#04x, expected %#04x", i, n, got, toBFloat(v))
+				}
+			}
+		}
+	}
+}
+
+func BenchmarkEncodeBF16(b *testing.B) {
+	src, dst := make([]float32, 1<<16), make([]byte, 0, 1<<17)
+	for i := range src {
+		src[i] = float32(i) * 1e-3
+	}
+	b.SetBytes(int64(4 * len(src)))
+	for b.Loop() {
+		encode(dst, src, "BF16")
 	}
 }
