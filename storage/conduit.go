@@ -10,9 +10,10 @@ import (
 )
 
 // conduitChunk is how much of a conduit's data is digested and stored at a time:
-// a quarter of a millisecond of work, and little enough that what was digested
-// is still in the processor's cache when it is stored.
-const conduitChunk = 256 << 10
+// less than a millisecond of work, and little enough that what was digested is
+// still in the processor's cache when it is stored. Each costs two goroutines a
+// turn: of a quarter of the size the whole write cost 6 % more processor time.
+const conduitChunk = 1 << 20
 
 // conduit is a pipe from the goroutine of a Writer's callback to that of a Put.
 // It takes the SHA-256 of what is read, once for both, and hands slices over as
