@@ -49,25 +49,7 @@ func (d *device) RMSNormBackward(x kernels.NormBackward) {
 	d.reduceRows(dw, t, x.Accumulate, func(wk *worker, sum []float32, from, to int) {
 		temp := wk.floats(n)
 		for i := from; i < to; i++ {
-			normRowBackward(dx[i*n:][:n], sum, dy[i*n:][:n], in[i*n:][:n], w, temp, rstd[i], x.AddTo)
+			simd.NormBackward(dx[i*n:][:n], sum, dy[i*n:], in[i*n:], w, temp, rstd[i], x.AddTo)
 		}
 	})
-}
-
-// normRowBackward is the gradient of one row out = x*r*w, r = 1/sqrt(mean(x²)+eps):
-//
-//	dx_j = r*dy_j*w_j - x_j*r³/n * sum_k dy_k*w_k*x_k      dw_j += dy_j*x_j*r
-//
-// dx may alias dy; temp is n floats of scratch.
-func normRowBackward(dx, dw, dy, x, w, temp []float32, r float32, add bool) {
-	simd.ScaleMul(temp, dy, x, r)
-	simd.Add(dw, dw, temp)
-	simd.Mul(temp, dy, w)
-	c := -r * r * r * simd.Dot(temp, x) / float32(len(x))
-	if add {
-		simd.Axpy(r, temp, dx)
-	} else {
-		simd.Scale(dx, temp, r)
-	}
-	simd.Axpy(c, x, dx)
 }

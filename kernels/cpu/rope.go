@@ -129,7 +129,7 @@ func (d *device) RopeBackward(x kernels.RopeBackward) {
 					w, dw = kw, sum[hd:]
 				}
 				g := grad[i*width+j*hd:][:hd]
-				normRowBackward(g, dw, g, in[i*width+j*hd:][:hd], w, temp, rstd[i*(h+kv)+j], false)
+				simd.NormBackward(g, dw, g, in[i*width+j*hd:], w, temp, rstd[i*(h+kv)+j], false)
 			}
 		}
 	})

@@ -776,6 +776,277 @@ done:
 	VZEROUPPER
 	RET
 
+// func normBackwardSums2(n int, temp *float32, dw *float32, dy *float32, x *float32, w *float32, r float32) (dot float32)
+// Requires: AVX, FMA3
+TEXT ·normBackwardSums2(SB), NOSPLIT, $0-60
+	MOVQ         n+0(FP), AX
+	VBROADCASTSS r+48(FP), Y0
+	MOVQ         temp+8(FP), CX
+	MOVQ         dw+16(FP), DX
+	MOVQ         dy+24(FP), BX
+	MOVQ         x+32(FP), SI
+	MOVQ         w+40(FP), DI
+	VXORPS       Y1, Y1, Y1
+	VXORPS       Y2, Y2, Y2
+	VXORPS       Y3, Y3, Y3
+	VXORPS       Y4, Y4, Y4
+
+group:
+	CMPQ        AX, $0x00000020
+	JL          single
+	VMOVUPS     (BX), Y5
+	VMOVUPS     (SI), Y6
+	VMULPS      Y0, Y5, Y7
+	VMULPS      Y6, Y7, Y7
+	VMOVUPS     (DX), Y8
+	VADDPS      Y8, Y7, Y7
+	VMOVUPS     Y7, (DX)
+	VMOVUPS     (DI), Y7
+	VMULPS      Y7, Y5, Y5
+	VMOVUPS     Y5, (CX)
+	VFMADD231PS Y6, Y5, Y1
+	VMOVUPS     32(BX), Y5
+	VMOVUPS     32(SI), Y6
+	VMULPS      Y0, Y5, Y7
+	VMULPS      Y6, Y7, Y7
+	VMOVUPS     32(DX), Y8
+	VADDPS      Y8, Y7, Y7
+	VMOVUPS     Y7, 32(DX)
+	VMOVUPS     32(DI), Y7
+	VMULPS      Y7, Y5, Y5
+	VMOVUPS     Y5, 32(CX)
+	VFMADD231PS Y6, Y5, Y2
+	VMOVUPS     64(BX), Y5
+	VMOVUPS     64(SI), Y6
+	VMULPS      Y0, Y5, Y7
+	VMULPS      Y6, Y7, Y7
+	VMOVUPS     64(DX), Y8
+	VADDPS      Y8, Y7, Y7
+	VMOVUPS     Y7, 64(DX)
+	VMOVUPS     64(DI), Y7
+	VMULPS      Y7, Y5, Y5
+	VMOVUPS     Y5, 64(CX)
+	VFMADD231PS Y6, Y5, Y3
+	VMOVUPS     96(BX), Y5
+	VMOVUPS     96(SI), Y6
+	VMULPS      Y0, Y5, Y7
+	VMULPS      Y6, Y7, Y7
+	VMOVUPS     96(DX), Y8
+	VADDPS      Y8, Y7, Y7
+	VMOVUPS     Y7, 96(DX)
+	VMOVUPS     96(DI), Y7
+	VMULPS      Y7, Y5, Y5
+	VMOVUPS     Y5, 96(CX)
+	VFMADD231PS Y6, Y5, Y4
+	ADDQ        $0x00000080, CX
+	ADDQ        $0x00000080, DX
+	ADDQ        $0x00000080, BX
+	ADDQ        $0x00000080, SI
+	ADDQ        $0x00000080, DI
+	SUBQ        $0x00000020, AX
+	JMP         group
+
+single:
+	CMPQ        AX, $0x00000008
+	JL          tail
+	VMOVUPS     (BX), Y5
+	VMOVUPS     (SI), Y6
+	VMULPS      Y0, Y5, Y7
+	VMULPS      Y6, Y7, Y7
+	VMOVUPS     (DX), Y8
+	VADDPS      Y8, Y7, Y7
+	VMOVUPS     Y7, (DX)
+	VMOVUPS     (DI), Y7
+	VMULPS      Y7, Y5, Y5
+	VMOVUPS     Y5, (CX)
+	VFMADD231PS Y6, Y5, Y1
+	ADDQ        $0x00000020, CX
+	ADDQ        $0x00000020, DX
+	ADDQ        $0x00000020, BX
+	ADDQ        $0x00000020, SI
+	ADDQ        $0x00000020, DI
+	SUBQ        $0x00000008, AX
+	JMP         single
+
+tail:
+	TESTQ       AX, AX
+	JZ          done
+	LEAQ        mask_table<>+0(SB), R8
+	MOVQ        $0x00000008, R9
+	SUBQ        AX, R9
+	VMOVUPS     (R8)(R9*4), Y5
+	VMASKMOVPS  (BX), Y5, Y6
+	VMASKMOVPS  (SI), Y5, Y7
+	VMULPS      Y0, Y6, Y0
+	VMULPS      Y7, Y0, Y0
+	VMASKMOVPS  (DX), Y5, Y8
+	VADDPS      Y8, Y0, Y0
+	VMASKMOVPS  Y0, Y5, (DX)
+	VMASKMOVPS  (DI), Y5, Y0
+	VMULPS      Y0, Y6, Y6
+	VMASKMOVPS  Y6, Y5, (CX)
+	VFMADD231PS Y7, Y6, Y1
+
+done:
+	VADDPS       Y3, Y1, Y1
+	VADDPS       Y4, Y2, Y2
+	VADDPS       Y2, Y1, Y1
+	VEXTRACTF128 $0x01, Y1, X0
+	VADDPS       X0, X1, X1
+	VMOVHLPS     X1, X1, X0
+	VADDPS       X0, X1, X1
+	VMOVSHDUP    X1, X0
+	VADDPS       X0, X1, X1
+	VMOVSS       X1, dot+56(FP)
+	VZEROUPPER
+	RET
+
+// func normBackwardSet2(n int, dx *float32, temp *float32, x *float32, r float32, c float32)
+// Requires: AVX, FMA3
+TEXT ·normBackwardSet2(SB), NOSPLIT, $0-40
+	MOVQ         n+0(FP), AX
+	VBROADCASTSS r+32(FP), Y0
+	VBROADCASTSS c+36(FP), Y1
+	MOVQ         dx+8(FP), CX
+	MOVQ         temp+16(FP), DX
+	MOVQ         x+24(FP), BX
+
+group:
+	CMPQ        AX, $0x00000020
+	JL          single
+	VMOVUPS     (DX), Y2
+	VMULPS      Y0, Y2, Y2
+	VMOVUPS     (BX), Y3
+	VFMADD231PS Y3, Y1, Y2
+	VMOVUPS     Y2, (CX)
+	VMOVUPS     32(DX), Y2
+	VMULPS      Y0, Y2, Y2
+	VMOVUPS     32(BX), Y3
+	VFMADD231PS Y3, Y1, Y2
+	VMOVUPS     Y2, 32(CX)
+	VMOVUPS     64(DX), Y2
+	VMULPS      Y0, Y2, Y2
+	VMOVUPS     64(BX), Y3
+	VFMADD231PS Y3, Y1, Y2
+	VMOVUPS     Y2, 64(CX)
+	VMOVUPS     96(DX), Y2
+	VMULPS      Y0, Y2, Y2
+	VMOVUPS     96(BX), Y3
+	VFMADD231PS Y3, Y1, Y2
+	VMOVUPS     Y2, 96(CX)
+	ADDQ        $0x00000080, CX
+	ADDQ        $0x00000080, DX
+	ADDQ        $0x00000080, BX
+	SUBQ        $0x00000020, AX
+	JMP         group
+
+single:
+	CMPQ        AX, $0x00000008
+	JL          tail
+	VMOVUPS     (DX), Y2
+	VMULPS      Y0, Y2, Y2
+	VMOVUPS     (BX), Y3
+	VFMADD231PS Y3, Y1, Y2
+	VMOVUPS     Y2, (CX)
+	ADDQ        $0x00000020, CX
+	ADDQ        $0x00000020, DX
+	ADDQ        $0x00000020, BX
+	SUBQ        $0x00000008, AX
+	JMP         single
+
+tail:
+	TESTQ       AX, AX
+	JZ          done
+	LEAQ        mask_table<>+0(SB), SI
+	MOVQ        $0x00000008, DI
+	SUBQ        AX, DI
+	VMOVUPS     (SI)(DI*4), Y2
+	VMASKMOVPS  (DX), Y2, Y3
+	VMULPS      Y0, Y3, Y3
+	VMASKMOVPS  (BX), Y2, Y0
+	VFMADD231PS Y0, Y1, Y3
+	VMASKMOVPS  Y3, Y2, (CX)
+
+done:
+	VZEROUPPER
+	RET
+
+// func normBackwardAdd2(n int, dx *float32, temp *float32, x *float32, r float32, c float32)
+// Requires: AVX, FMA3
+TEXT ·normBackwardAdd2(SB), NOSPLIT, $0-40
+	MOVQ         n+0(FP), AX
+	VBROADCASTSS r+32(FP), Y0
+	VBROADCASTSS c+36(FP), Y1
+	MOVQ         dx+8(FP), CX
+	MOVQ         temp+16(FP), DX
+	MOVQ         x+24(FP), BX
+
+group:
+	CMPQ        AX, $0x00000020
+	JL          single
+	VMOVUPS     (DX), Y2
+	VMOVUPS     (CX), Y3
+	VFMADD213PS Y3, Y0, Y2
+	VMOVUPS     (BX), Y3
+	VFMADD231PS Y3, Y1, Y2
+	VMOVUPS     Y2, (CX)
+	VMOVUPS     32(DX), Y2
+	VMOVUPS     32(CX), Y3
+	VFMADD213PS Y3, Y0, Y2
+	VMOVUPS     32(BX), Y3
+	VFMADD231PS Y3, Y1, Y2
+	VMOVUPS     Y2, 32(CX)
+	VMOVUPS     64(DX), Y2
+	VMOVUPS     64(CX), Y3
+	VFMADD213PS Y3, Y0, Y2
+	VMOVUPS     64(BX), Y3
+	VFMADD231PS Y3, Y1, Y2
+	VMOVUPS     Y2, 64(CX)
+	VMOVUPS     96(DX), Y2
+	VMOVUPS     96(CX), Y3
+	VFMADD213PS Y3, Y0, Y2
+	VMOVUPS     96(BX), Y3
+	VFMADD231PS Y3, Y1, Y2
+	VMOVUPS     Y2, 96(CX)
+	ADDQ        $0x00000080, CX
+	ADDQ        $0x00000080, DX
+	ADDQ        $0x00000080, BX
+	SUBQ        $0x00000020, AX
+	JMP         group
+
+single:
+	CMPQ        AX, $0x00000008
+	JL          tail
+	VMOVUPS     (DX), Y2
+	VMOVUPS     (CX), Y3
+	VFMADD213PS Y3, Y0, Y2
+	VMOVUPS     (BX), Y3
+	VFMADD231PS Y3, Y1, Y2
+	VMOVUPS     Y2, (CX)
+	ADDQ        $0x00000020, CX
+	ADDQ        $0x00000020, DX
+	ADDQ        $0x00000020, BX
+	SUBQ        $0x00000008, AX
+	JMP         single
+
+tail:
+	TESTQ       AX, AX
+	JZ          done
+	LEAQ        mask_table<>+0(SB), SI
+	MOVQ        $0x00000008, DI
+	SUBQ        AX, DI
+	VMOVUPS     (SI)(DI*4), Y2
+	VMASKMOVPS  (DX), Y2, Y3
+	VMASKMOVPS  (CX), Y2, Y4
+	VFMADD213PS Y4, Y0, Y3
+	VMASKMOVPS  (BX), Y2, Y0
+	VFMADD231PS Y0, Y1, Y3
+	VMASKMOVPS  Y3, Y2, (CX)
+
+done:
+	VZEROUPPER
+	RET
+
 // func adamW2(n int, p *float32, grad *float32, m *float32, v *float32, coef *float32)
 // Requires: AVX, FMA3
 TEXT ·adamW2(SB), NOSPLIT, $0-48
@@ -3116,6 +3387,276 @@ tail:
 	VFMADD231PS  Z2, Z0, Z1
 	VMOVUPS      Z4, K1, (CX)
 	VMOVUPS      Z1, K1, (DX)
+
+done:
+	VZEROUPPER
+	RET
+
+// func normBackwardSums512(n int, temp *float32, dw *float32, dy *float32, x *float32, w *float32, r float32) (dot float32)
+// Requires: AVX, AVX512F, BMI2
+TEXT ·normBackwardSums512(SB), NOSPLIT, $0-60
+	MOVQ         n+0(FP), AX
+	VBROADCASTSS r+48(FP), Z0
+	MOVQ         temp+8(FP), CX
+	MOVQ         dw+16(FP), DX
+	MOVQ         dy+24(FP), BX
+	MOVQ         x+32(FP), SI
+	MOVQ         w+40(FP), DI
+	VPXORD       Z1, Z1, Z1
+	VPXORD       Z2, Z2, Z2
+	VPXORD       Z3, Z3, Z3
+	VPXORD       Z4, Z4, Z4
+
+group:
+	CMPQ        AX, $0x00000040
+	JL          single
+	VMOVUPS     (BX), Z5
+	VMOVUPS     (SI), Z6
+	VMULPS      Z0, Z5, Z7
+	VMULPS      Z6, Z7, Z7
+	VMOVUPS     (DX), Z8
+	VADDPS      Z8, Z7, Z7
+	VMOVUPS     Z7, (DX)
+	VMOVUPS     (DI), Z7
+	VMULPS      Z7, Z5, Z5
+	VMOVUPS     Z5, (CX)
+	VFMADD231PS Z6, Z5, Z1
+	VMOVUPS     64(BX), Z5
+	VMOVUPS     64(SI), Z6
+	VMULPS      Z0, Z5, Z7
+	VMULPS      Z6, Z7, Z7
+	VMOVUPS     64(DX), Z8
+	VADDPS      Z8, Z7, Z7
+	VMOVUPS     Z7, 64(DX)
+	VMOVUPS     64(DI), Z7
+	VMULPS      Z7, Z5, Z5
+	VMOVUPS     Z5, 64(CX)
+	VFMADD231PS Z6, Z5, Z2
+	VMOVUPS     128(BX), Z5
+	VMOVUPS     128(SI), Z6
+	VMULPS      Z0, Z5, Z7
+	VMULPS      Z6, Z7, Z7
+	VMOVUPS     128(DX), Z8
+	VADDPS      Z8, Z7, Z7
+	VMOVUPS     Z7, 128(DX)
+	VMOVUPS     128(DI), Z7
+	VMULPS      Z7, Z5, Z5
+	VMOVUPS     Z5, 128(CX)
+	VFMADD231PS Z6, Z5, Z3
+	VMOVUPS     192(BX), Z5
+	VMOVUPS     192(SI), Z6
+	VMULPS      Z0, Z5, Z7
+	VMULPS      Z6, Z7, Z7
+	VMOVUPS     192(DX), Z8
+	VADDPS      Z8, Z7, Z7
+	VMOVUPS     Z7, 192(DX)
+	VMOVUPS     192(DI), Z7
+	VMULPS      Z7, Z5, Z5
+	VMOVUPS     Z5, 192(CX)
+	VFMADD231PS Z6, Z5, Z4
+	ADDQ        $0x00000100, CX
+	ADDQ        $0x00000100, DX
+	ADDQ        $0x00000100, BX
+	ADDQ        $0x00000100, SI
+	ADDQ        $0x00000100, DI
+	SUBQ        $0x00000040, AX
+	JMP         group
+
+single:
+	CMPQ        AX, $0x00000010
+	JL          tail
+	VMOVUPS     (BX), Z5
+	VMOVUPS     (SI), Z6
+	VMULPS      Z0, Z5, Z7
+	VMULPS      Z6, Z7, Z7
+	VMOVUPS     (DX), Z8
+	VADDPS      Z8, Z7, Z7
+	VMOVUPS     Z7, (DX)
+	VMOVUPS     (DI), Z7
+	VMULPS      Z7, Z5, Z5
+	VMOVUPS     Z5, (CX)
+	VFMADD231PS Z6, Z5, Z1
+	ADDQ        $0x00000040, CX
+	ADDQ        $0x00000040, DX
+	ADDQ        $0x00000040, BX
+	ADDQ        $0x00000040, SI
+	ADDQ        $0x00000040, DI
+	SUBQ        $0x00000010, AX
+	JMP         single
+
+tail:
+	TESTQ       AX, AX
+	JZ          done
+	MOVL        $0xffffffff, R8
+	BZHIL       AX, R8, R8
+	KMOVW       R8, K1
+	VMOVUPS.Z   (BX), K1, Z5
+	VMOVUPS.Z   (SI), K1, Z6
+	VMULPS      Z0, Z5, Z0
+	VMULPS      Z6, Z0, Z0
+	VMOVUPS.Z   (DX), K1, Z7
+	VADDPS      Z7, Z0, Z0
+	VMOVUPS     Z0, K1, (DX)
+	VMOVUPS.Z   (DI), K1, Z0
+	VMULPS      Z0, Z5, Z5
+	VMOVUPS     Z5, K1, (CX)
+	VFMADD231PS Z6, Z5, Z1
+
+done:
+	VADDPS        Z3, Z1, Z1
+	VADDPS        Z4, Z2, Z2
+	VADDPS        Z2, Z1, Z1
+	VEXTRACTF64X4 $0x01, Z1, Y0
+	VADDPS        Y0, Y1, Y1
+	VEXTRACTF128  $0x01, Y1, X0
+	VADDPS        X0, X1, X1
+	VMOVHLPS      X1, X1, X0
+	VADDPS        X0, X1, X1
+	VMOVSHDUP     X1, X0
+	VADDPS        X0, X1, X1
+	VMOVSS        X1, dot+56(FP)
+	VZEROUPPER
+	RET
+
+// func normBackwardSet512(n int, dx *float32, temp *float32, x *float32, r float32, c float32)
+// Requires: AVX, AVX512F, BMI2
+TEXT ·normBackwardSet512(SB), NOSPLIT, $0-40
+	MOVQ         n+0(FP), AX
+	VBROADCASTSS r+32(FP), Z0
+	VBROADCASTSS c+36(FP), Z1
+	MOVQ         dx+8(FP), CX
+	MOVQ         temp+16(FP), DX
+	MOVQ         x+24(FP), BX
+
+group:
+	CMPQ        AX, $0x00000040
+	JL          single
+	VMOVUPS     (DX), Z2
+	VMULPS      Z0, Z2, Z2
+	VMOVUPS     (BX), Z3
+	VFMADD231PS Z3, Z1, Z2
+	VMOVUPS     Z2, (CX)
+	VMOVUPS     64(DX), Z2
+	VMULPS      Z0, Z2, Z2
+	VMOVUPS     64(BX), Z3
+	VFMADD231PS Z3, Z1, Z2
+	VMOVUPS     Z2, 64(CX)
+	VMOVUPS     128(DX), Z2
+	VMULPS      Z0, Z2, Z2
+	VMOVUPS     128(BX), Z3
+	VFMADD231PS Z3, Z1, Z2
+	VMOVUPS     Z2, 128(CX)
+	VMOVUPS     192(DX), Z2
+	VMULPS      Z0, Z2, Z2
+	VMOVUPS     192(BX), Z3
+	VFMADD231PS Z3, Z1, Z2
+	VMOVUPS     Z2, 192(CX)
+	ADDQ        $0x00000100, CX
+	ADDQ        $0x00000100, DX
+	ADDQ        $0x00000100, BX
+	SUBQ        $0x00000040, AX
+	JMP         group
+
+single:
+	CMPQ        AX, $0x00000010
+	JL          tail
+	VMOVUPS     (DX), Z2
+	VMULPS      Z0, Z2, Z2
+	VMOVUPS     (BX), Z3
+	VFMADD231PS Z3, Z1, Z2
+	VMOVUPS     Z2, (CX)
+	ADDQ        $0x00000040, CX
+	ADDQ        $0x00000040, DX
+	ADDQ        $0x00000040, BX
+	SUBQ        $0x00000010, AX
+	JMP         single
+
+tail:
+	TESTQ       AX, AX
+	JZ          done
+	MOVL        $0xffffffff, SI
+	BZHIL       AX, SI, SI
+	KMOVW       SI, K1
+	VMOVUPS.Z   (DX), K1, Z2
+	VMULPS      Z0, Z2, Z2
+	VMOVUPS.Z   (BX), K1, Z0
+	VFMADD231PS Z0, Z1, Z2
+	VMOVUPS     Z2, K1, (CX)
+
+done:
+	VZEROUPPER
+	RET
+
+// func normBackwardAdd512(n int, dx *float32, temp *float32, x *float32, r float32, c float32)
+// Requires: AVX, AVX512F, BMI2
+TEXT ·normBackwardAdd512(SB), NOSPLIT, $0-40
+	MOVQ         n+0(FP), AX
+	VBROADCASTSS r+32(FP), Z0
+	VBROADCASTSS c+36(FP), Z1
+	MOVQ         dx+8(FP), CX
+	MOVQ         temp+16(FP), DX
+	MOVQ         x+24(FP), BX
+
+group:
+	CMPQ        AX, $0x00000040
+	JL          single
+	VMOVUPS     (DX), Z2
+	VMOVUPS     (CX), Z3
+	VFMADD213PS Z3, Z0, Z2
+	VMOVUPS     (BX), Z3
+	VFMADD231PS Z3, Z1, Z2
+	VMOVUPS     Z2, (CX)
+	VMOVUPS     64(DX), Z2
+	VMOVUPS     64(CX), Z3
+	VFMADD213PS Z3, Z0, Z2
+	VMOVUPS     64(BX), Z3
+	VFMADD231PS Z3, Z1, Z2
+	VMOVUPS     Z2, 64(CX)
+	VMOVUPS     128(DX), Z2
+	VMOVUPS     128(CX), Z3
+	VFMADD213PS Z3, Z0, Z2
+	VMOVUPS     128(BX), Z3
+	VFMADD231PS Z3, Z1, Z2
+	VMOVUPS     Z2, 128(CX)
+	VMOVUPS     192(DX), Z2
+	VMOVUPS     192(CX), Z3
+	VFMADD213PS Z3, Z0, Z2
+	VMOVUPS     192(BX), Z3
+	VFMADD231PS Z3, Z1, Z2
+	VMOVUPS     Z2, 192(CX)
+	ADDQ        $0x00000100, CX
+	ADDQ        $0x00000100, DX
+	ADDQ        $0x00000100, BX
+	SUBQ        $0x00000040, AX
+	JMP         group
+
+single:
+	CMPQ        AX, $0x00000010
+	JL          tail
+	VMOVUPS     (DX), Z2
+	VMOVUPS     (CX), Z3
+	VFMADD213PS Z3, Z0, Z2
+	VMOVUPS     (BX), Z3
+	VFMADD231PS Z3, Z1, Z2
+	VMOVUPS     Z2, (CX)
+	ADDQ        $0x00000040, CX
+	ADDQ        $0x00000040, DX
+	ADDQ        $0x00000040, BX
+	SUBQ        $0x00000010, AX
+	JMP         single
+
+tail:
+	TESTQ       AX, AX
+	JZ          done
+	MOVL        $0xffffffff, SI
+	BZHIL       AX, SI, SI
+	KMOVW       SI, K1
+	VMOVUPS.Z   (DX), K1, Z2
+	VMOVUPS.Z   (CX), K1, Z3
+	VFMADD213PS Z3, Z0, Z2
+	VMOVUPS.Z   (BX), K1, Z0
+	VFMADD231PS Z0, Z1, Z2
+	VMOVUPS     Z2, K1, (CX)
 
 done:
 	VZEROUPPER

@@ -39,6 +39,15 @@ func max2(n int, x *float32) (top float32, nan uint32)
 func rope2(n int, out *float32, out2 *float32, x *float32, x2 *float32, cos *float32, sin *float32, sign float32)
 
 //go:noescape
+func normBackwardSums2(n int, temp *float32, dw *float32, dy *float32, x *float32, w *float32, r float32) (dot float32)
+
+//go:noescape
+func normBackwardSet2(n int, dx *float32, temp *float32, x *float32, r float32, c float32)
+
+//go:noescape
+func normBackwardAdd2(n int, dx *float32, temp *float32, x *float32, r float32, c float32)
+
+//go:noescape
 func adamW2(n int, p *float32, grad *float32, m *float32, v *float32, coef *float32)
 
 //go:noescape
@@ -112,6 +121,15 @@ func max512(n int, x *float32) (top float32, nan uint32)
 
 //go:noescape
 func rope512(n int, out *float32, out2 *float32, x *float32, x2 *float32, cos *float32, sin *float32, sign float32)
+
+//go:noescape
+func normBackwardSums512(n int, temp *float32, dw *float32, dy *float32, x *float32, w *float32, r float32) (dot float32)
+
+//go:noescape
+func normBackwardSet512(n int, dx *float32, temp *float32, x *float32, r float32, c float32)
+
+//go:noescape
+func normBackwardAdd512(n int, dx *float32, temp *float32, x *float32, r float32, c float32)
 
 //go:noescape
 func adamW512(n int, p *float32, grad *float32, m *float32, v *float32, coef *float32)

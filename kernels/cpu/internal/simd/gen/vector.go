@@ -20,6 +20,7 @@ func genVector() {
 		s.sums("sumSquares", func(x, acc VecVirtual) { VFMADD231PD(x, x, acc) })
 		s.max()
 		s.rope()
+		s.normBackward()
 		s.adamW()
 		s.expScaleShift()
 		s.logitStats()
@@ -225,6 +226,46 @@ func (s isa) rope() {
 		s.store(q, s.at(out2, u), t)
 	})
 	s.end()
+}
+
+// normBackward emits the two passes of NormBackward: sums of a row, then its
+// gradient, written or added.
+func (s isa) normBackward() {
+	n := s.begin("normBackwardSums", "func(n int, temp, dw, dy, x, w *float32, r float32) (dot float32)")
+	r, temp, dw := s.arg("r"), f32(ptr("temp")), f32(ptr("dw"))
+	dy, x, w := f32(ptr("dy")), f32(ptr("x")), f32(ptr("w"))
+	acc := s.zeros(4)
+	s.loop(n, 4, []span{temp, dw, dy, x, w}, func(u int, t *tail) {
+		d, xi, y := s.load(s.at(dy, u), t), s.load(s.at(x, u), t), s.vec()
+		VMULPS(r, d, y)
+		VMULPS(xi, y, y)
+		VADDPS(s.load(s.at(dw, u), t), y, y)
+		s.store(y, s.at(dw, u), t)
+		VMULPS(s.load(s.at(w, u), t), d, d)
+		s.store(d, s.at(temp, u), t)
+		VFMADD231PS(xi, d, acc[u])
+	})
+	s.ret(s.sumAll(acc), "dot")
+	s.end()
+	for _, add := range []bool{false, true} {
+		name := "normBackwardSet"
+		if add {
+			name = "normBackwardAdd"
+		}
+		n := s.begin(name, "func(n int, dx, temp, x *float32, r, c float32)")
+		r, c, dx, temp, x := s.arg("r"), s.arg("c"), f32(ptr("dx")), f32(ptr("temp")), f32(ptr("x"))
+		s.loop(n, 4, []span{dx, temp, x}, func(u int, t *tail) {
+			v := s.load(s.at(temp, u), t)
+			if add {
+				VFMADD213PS(s.load(s.at(dx, u), t), r, v)
+			} else {
+				VMULPS(r, v, v)
+			}
+			VFMADD231PS(s.load(s.at(x, u), t), c, v)
+			s.store(v, s.at(dx, u), t)
+		})
+		s.end()
+	}
 }
 
 // adamW reads its nine coefficients in the order of AdamWCoef.
