@@ -82,10 +82,84 @@ func nucleusOf(p []float64, topP float64) (keep []bool, mass float64) {
 	return keep, mass
 }
 
+// inversion checks that each of n draws is the token whose span of the cumulative
+// sum its uniform number falls into.
+func (e *env) inversion(row []float64, n int) {
+	v := len(row)
+	for _, c := range []struct{ temperature, topP float32 }{{1, 1}, {0.7, 1}, {1, 0.9}, {1.5, 0.5}, {1, 1e-6}} {
+		u := e.uniforms(n)
+		u[0], u[1] = 0, 1-u32
+		tokens, lp := e.draw(same(row, n), u, c.temperature, c.topP)
+		p := softmaxOf(row, float64(c.temperature))
+		keep, mass := nucleusOf(p, float64(c.topP))
+		for i, tok := range tokens {
+			if tok < 0 || int(tok) >= v || !keep[tok] {
+				e.Fatalf("temperature %v, top-p %v: token %d is outside the nucleus", c.temperature, c.topP, tok)
+			}
+			// u must fall into the token's span of the cumulative sum in id order
+			below := 0.0
+			for j := range tok {
+				if keep[j] {
+					below += p[j] / mass
+				}
+			}
+			slack := float64(v+16) * u32
+			if u[i] < below-slack || u[i] > below+p[tok]/mass+slack {
+				e.Fatalf("temperature %v, top-p %v: u %v gave token %d, whose span is [%v,%v)", c.temperature, c.topP, u[i], tok, below, below+p[tok]/mass)
+			}
+			// the log-prob is that of the whole tempered softmax, before top-p
+			e.compare(label("log-prob of draw %d", i), lp[i:i+1], []float64{math.Log(p[tok])}, []float64{float64(v+64) * u32 * (1 + 8*8/float64(c.temperature))})
+		}
+	}
+}
+
+// distribution holds n draws to the probabilities of their tokens.
+//
+// Pearson's statistic of n draws is about chi-square with k-1 degrees of freedom:
+// mean k-1, variance 2(k-1). Six deviations above the mean (and the skew of few
+// degrees) happen less than once in a million runs. Tokens that fewer than ten
+// draws are expected of count together.
+func (e *env) distribution(row []float64, n int) {
+	v, draws := len(row), float64(n)
+	for _, topP := range []float32{1, 0.8} {
+		tokens, _ := e.draw(same(row, n), e.uniforms(n), 1, topP)
+		p := softmaxOf(row, 1)
+		keep, mass := nucleusOf(p, float64(topP))
+		count := make([]float64, v)
+		for _, tok := range tokens {
+			if tok < 0 || int(tok) >= v || !keep[tok] {
+				e.Fatalf("top-p %v: token %d is outside the nucleus", topP, tok)
+			}
+			count[tok]++
+		}
+		stat, cells := 0.0, -1.0
+		restWant, restGot := 0.0, 0.0
+		for j := range v {
+			if !keep[j] {
+				continue
+			}
+			if want := draws * p[j] / mass; want >= 10 {
+				stat, cells = stat+(count[j]-want)*(count[j]-want)/want, cells+1
+			} else {
+				restWant, restGot = restWant+want, restGot+count[j]
+			}
+		}
+		if restWant >= 10 {
+			stat, cells = stat+(restGot-restWant)*(restGot-restWant)/restWant, cells+1
+		}
+		if cells < 1 {
+			continue // one token has it all
+		}
+		if limit := cells + 6*math.Sqrt(2*cells) + 12; stat > limit {
+			e.Errorf("top-p %v: chi-square %.1f with %v degrees of freedom, expected at most %.1f", topP, stat, cells, limit)
+		}
+	}
+}
+
 func sampleCases(e *env) {
 	const v = 61
 	row := e.normal(e.act, v, 2)
-	e.sub(1e6, "greedy", func(e *env) {
+	e.sub(2*3*v*v, "greedy", func(e *env) {
 		z := [][]float64{slices.Clone(row), slices.Clone(row), make([]float64, v)}
 		z[1][v-1], z[1][7] = 40, 40 // a tie: the lower id wins
 		tokens, lp := e.draw(z, make([]float64, 3), 0, 1)
@@ -97,82 +171,37 @@ func sampleCases(e *env) {
 			e.compare(label("log-prob of row %d", i), lp[i:i+1], []float64{math.Log(p)}, []float64{(v + 64) * u32})
 		}
 	})
-	e.sub(1e6, "inversion", func(e *env) {
-		const n = 4000
-		for _, c := range []struct{ temperature, topP float32 }{{1, 1}, {0.7, 1}, {1, 0.9}, {1.5, 0.5}, {1, 1e-6}} {
-			u := e.uniforms(n)
-			u[0], u[1] = 0, 1-u32
-			tokens, lp := e.draw(same(row, n), u, c.temperature, c.topP)
-			p := softmaxOf(row, float64(c.temperature))
-			keep, mass := nucleusOf(p, float64(c.topP))
-			for i, tok := range tokens {
-				if tok < 0 || int(tok) >= v || !keep[tok] {
-					e.Fatalf("temperature %v, top-p %v: token %d is outside the nucleus", c.temperature, c.topP, tok)
+	// A draw passes over its row some ten times, whatever its size: on an emulator of a
+	// card that takes longer than its products. The smaller cases are what one, or a sanitizer, can afford.
+	const perDraw = 1e4
+	small := e.normal(e.act, 6, 0.5)
+	for _, n := range []int{24, 4000} {
+		e.sub(perDraw*float64(n), label("inversion/%d", n), func(e *env) { e.inversion(row, n) })
+	}
+	for _, c := range []struct {
+		n   int
+		row []float64
+	}{{80, small}, {20000, row}} {
+		e.sub(perDraw*float64(c.n), label("distribution/%d of %d", c.n, len(c.row)), func(e *env) { e.distribution(c.row, c.n) })
+	}
+	for _, n := range []int{10, 400} {
+		e.sub(perDraw*float64(n), label("top-p is exact/%d", n), func(e *env) {
+			// Eight equal logits: a nucleus of mass 0.45 is ids 0..3, of 0.5 as well, of 0.51 ids 0..4.
+			for topP, most := range map[float32]int32{0.01: 0, 0.45: 3, 0.5: 3, 0.51: 4, 0.99: 7} {
+				u := make([]float64, n)
+				for i := range u {
+					u[i] = float64(float32(i) / float32(n))
 				}
-				// u must fall into the token's span of the cumulative sum in id order
-				below := 0.0
-				for j := range tok {
-					if keep[j] {
-						below += p[j] / mass
+				tokens, _ := e.draw(same(make([]float64, 8), n), u, 1, topP)
+				for i, tok := range tokens {
+					if want := int32(float64(u[i]) * float64(most+1)); tok != want {
+						e.Fatalf("top-p %v: u %v gave token %d, expected %d of 0..%d", topP, u[i], tok, want, most)
 					}
 				}
-				const slack = (v + 16) * u32
-				if u[i] < below-slack || u[i] > below+p[tok]/mass+slack {
-					e.Fatalf("temperature %v, top-p %v: u %v gave token %d, whose span is [%v,%v)", c.temperature, c.topP, u[i], tok, below, below+p[tok]/mass)
-				}
-				// the log-prob is that of the whole tempered softmax, before top-p
-				e.compare(label("log-prob of draw %d", i), lp[i:i+1], []float64{math.Log(p[tok])}, []float64{(v + 64) * u32 * (1 + 8*8/float64(c.temperature))})
 			}
-		}
-	})
-	e.sub(1e6, "distribution", func(e *env) {
-		// Pearson's statistic of n draws is about chi-square with k-1 degrees of
-		// freedom: mean k-1, variance 2(k-1). Six deviations above the mean (and
-		// the skew of few degrees) happen less than once in a million runs.
-		const n = 20000
-		for _, topP := range []float32{1, 0.8} {
-			tokens, _ := e.draw(same(row, n), e.uniforms(n), 1, topP)
-			p := softmaxOf(row, 1)
-			keep, mass := nucleusOf(p, float64(topP))
-			count := make([]float64, v)
-			for _, tok := range tokens {
-				count[tok]++
-			}
-			stat, cells := 0.0, -1.0
-			restWant, restGot := 0.0, 0.0
-			for j := range v {
-				if !keep[j] {
-					continue
-				}
-				if want := n * p[j] / mass; want >= 10 {
-					stat, cells = stat+(count[j]-want)*(count[j]-want)/want, cells+1
-				} else {
-					restWant, restGot = restWant+want, restGot+count[j]
-				}
-			}
-			if restWant >= 10 {
-				stat, cells = stat+(restGot-restWant)*(restGot-restWant)/restWant, cells+1
-			}
-			if limit := cells + 6*math.Sqrt(2*cells) + 12; stat > limit {
-				e.Errorf("top-p %v: chi-square %.1f with %v degrees of freedom, expected at most %.1f", topP, stat, cells, limit)
-			}
-		}
-	})
-	e.sub(1e6, "top-p is exact", func(e *env) {
-		// Eight equal logits: a nucleus of mass 0.45 is ids 0..3, of 0.5 as well, of 0.51 ids 0..4.
-		for topP, most := range map[float32]int32{0.01: 0, 0.45: 3, 0.5: 3, 0.51: 4, 0.99: 7} {
-			const n = 400
-			u := make([]float64, n)
-			for i := range u {
-				u[i] = float64(float32(i) / n)
-			}
-			tokens, _ := e.draw(same(make([]float64, 8), n), u, 1, topP)
-			for i, tok := range tokens {
-				if want := int32(float64(u[i]) * float64(most+1)); tok != want {
-					e.Fatalf("top-p %v: u %v gave token %d, expected %d of 0..%d", topP, u[i], tok, want, most)
-				}
-			}
-		}
+		})
+	}
+	e.sub(perDraw*3, "one id with all mass", func(e *env) {
 		// One id holds nearly all mass, wherever it stands.
 		for _, at := range []int{0, 5, 30} {
 			z := make([]float64, 31)
