@@ -12,8 +12,10 @@
 // Sums have a fixed order at each level, whatever the number of workers, the
 // alignment, or the other rows and columns of a product. Matrix products are
 // bitwise the same at both assembly levels: each element is one chain of fused
-// multiply-adds in order of k, cut into blocks that depend on k alone. The
-// vector reductions (Dot, sums of exponentials) depend on the level's lanes.
+// multiply-adds in order of k, cut into blocks that depend on k alone. AdamW on
+// compact moments and sums of bfloat16 gradients are bitwise the same at all three
+// (NaN for NaN): they are the twins of CUDA kernels. The vector reductions (Dot, sums
+// of exponentials) depend on the level's lanes.
 //
 // # Speed
 //
@@ -34,8 +36,9 @@
 // 290 there.
 //
 // Of the primitives on 4096 floats in cache, a multiply-add takes 0.05 ns per
-// element, an exponential 0.4 ns, an AdamW update 0.5 ns: from memory, all but the
-// exponentials run at its bandwidth.
+// element, an exponential 0.4 ns, an AdamW update 0.5 ns (2.0 on compact moments:
+// three roots and two quotients), adding a bfloat16 gradient 0.4 ns: from memory, all
+// but the exponentials and compact AdamW run at its bandwidth.
 //
 // Read sgemm.go first, then blocked.go, tile.go and vector.go.
 package simd
