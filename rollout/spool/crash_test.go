@@ -21,6 +21,7 @@ type memDisk struct {
 	room    int                 // bytes that may still be written; -1: no limit
 	fail    func(op string) error
 	syncs   int
+	block   int64 // in which logs are written; 0: 1
 }
 
 type memFile struct {
@@ -100,6 +101,7 @@ func (d *memDisk) crash(r *rand.Rand) *memDisk {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	after := newMemDisk()
+	after.block = d.block
 	for name := range d.files {
 		if d.durable[name] != d.files[name] && r.IntN(2) == 0 {
 			continue
@@ -199,6 +201,8 @@ func (f *memFile) Size() (int64, error) {
 	defer f.d.mu.Unlock()
 	return int64(len(f.now)), nil
 }
+
+func (f *memFile) Block() int64 { return max(f.d.block, 1) }
 
 func (f *memFile) Close() error { return nil }
 

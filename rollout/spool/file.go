@@ -1,6 +1,7 @@
 package spool
 
 import (
+	"errors"
 	"fmt"
 	"io"
 	"os"
@@ -17,6 +18,9 @@ type file interface {
 	Size() (int64, error)
 	Truncate(size int64) error
 	Sync() error
+	// Block is 1, or of what many bytes, at multiples of it and from memory aligned
+	// to it, the log is to be written.
+	Block() int64
 	io.Closer
 }
 
@@ -79,16 +83,58 @@ func open(path string, flags int) (file, error) {
 	if err != nil {
 		return nil, err
 	}
-	return osFile{f}, nil
+	return &osFile{File: f}, nil
 }
 
 func (d *osDisk) Remove(name string) error { return os.Remove(filepath.Join(d.dir, name)) }
 func (d *osDisk) Sync() error              { return durable.SyncDir("", d.dir) }
 func (d *osDisk) Close() error             { return d.lock.Close() }
 
-type osFile struct{ *os.File }
+// osFile is a file of the system. What is written to it in blocks does not go
+// through the page cache, if the file system has such a way.
+type osFile struct {
+	*os.File
+	block  int64 // 0: not asked for yet
+	direct interface {
+		io.WriterAt
+		io.Closer
+	} // the same file; nil: everything goes through the page cache
+}
 
-func (f osFile) Size() (int64, error) {
+func (f *osFile) Block() int64 {
+	if f.block == 0 {
+		f.block = 1
+		if d, err := openDirect(f.Name()); err == nil {
+			f.block, f.direct = directBlock, d
+		}
+	}
+	return f.block
+}
+
+func (f *osFile) WriteAt(b []byte, at int64) (int, error) {
+	if f.direct != nil && at%directBlock == 0 && len(b)%directBlock == 0 {
+		n, err := f.direct.WriteAt(b, at)
+		if !errors.Is(err, syscall.EINVAL) {
+			return n, err
+		}
+		// It could be opened so, but not written: then as everybody does.
+		if err := f.direct.Close(); err != nil {
+			return n, err
+		}
+		f.direct = nil
+	}
+	return f.File.WriteAt(b, at)
+}
+
+func (f *osFile) Close() error {
+	err := f.File.Close()
+	if f.direct != nil {
+		err = errors.Join(err, f.direct.Close())
+	}
+	return err
+}
+
+func (f *osFile) Size() (int64, error) {
 	info, err := f.Stat()
 	if err != nil {
 		return 0, err

@@ -1,6 +1,7 @@
 package spool
 
 import (
+	"bytes"
 	"encoding/binary"
 	"errors"
 	"fmt"
@@ -19,6 +20,9 @@ import (
 //	header  magic[8]  version u32  first u64  salt u64  sum u32 (of what precedes)
 //	frame   length u64  count u32  first u64  payload sum u32  sum u32 (of salt and what precedes)  payload[length]
 //	payload count times: kind u32  key u32  meta u32  body u64 (lengths)  kind  key  meta  body
+//
+// Spaces at the end of a meta are no part of it: they may be there to let the body
+// begin where a block of the file does.
 //
 // The salt is drawn per segment and keeps bytes that a client sent from passing
 // for a frame when a damaged segment is searched.
@@ -202,16 +206,17 @@ func findFrame(f file, at, size int64, salt uint64) (int64, error) {
 	return -1, nil
 }
 
-// encodeHead is a record without its body.
-func encodeHead(r *Record) []byte {
-	b := make([]byte, 0, recordSize+len(r.Kind)+len(r.Key)+len(r.Meta))
+// encodeHead is a record without its body, its meta followed by so many spaces.
+func encodeHead(r *Record, spaces int) []byte {
+	b := make([]byte, 0, recordSize+len(r.Kind)+len(r.Key)+len(r.Meta)+spaces)
 	b = binary.LittleEndian.AppendUint32(b, uint32(len(r.Kind)))
 	b = binary.LittleEndian.AppendUint32(b, uint32(len(r.Key)))
-	b = binary.LittleEndian.AppendUint32(b, uint32(len(r.Meta)))
+	b = binary.LittleEndian.AppendUint32(b, uint32(len(r.Meta)+spaces))
 	b = binary.LittleEndian.AppendUint64(b, uint64(len(r.Body)))
 	b = append(b, r.Kind...)
 	b = append(b, r.Key...)
-	return append(b, r.Meta...)
+	b = append(b, r.Meta...)
+	return append(b, bytes.Repeat([]byte{' '}, spaces)...)
 }
 
 // decodeRecord takes the next record of a payload. Its slices lie in the payload.
@@ -229,7 +234,7 @@ func decodeRecord(p []byte) (r Record, rest []byte, err error) {
 		}
 		parts[i], p = p[:n:n], p[n:]
 	}
-	return Record{Kind: string(parts[0]), Key: string(parts[1]), Meta: parts[2], Body: parts[3]}, p, nil
+	return Record{Kind: string(parts[0]), Key: string(parts[1]), Meta: bytes.TrimRight(parts[2], " "), Body: parts[3]}, p, nil
 }
 
 // readFrame calls f for the records of the frame at an offset, from seq on.

@@ -4,7 +4,6 @@ import (
 	"cmp"
 	"errors"
 	"fmt"
-	"hash/crc32"
 	"io"
 	"io/fs"
 	"math/rand/v2"
@@ -20,7 +19,7 @@ type Record struct {
 	Seq  uint64 // from 1, assigned by Append, without gaps
 	Kind string // "rollouts", or another kind of job log entry
 	Key  string // Idempotency-Key, "" when none was given
-	Meta []byte // small JSON that the owner understands
+	Meta []byte // small JSON that the owner understands; spaces at its end may be lost
 	Body []byte // the Arrow bytes as received
 }
 
@@ -37,6 +36,7 @@ type Log struct {
 
 	// Of the last segment; guarded by writing.
 	active file
+	frames frameWriter
 	salt   uint64
 	dirty  bool // bytes of a failed append may lie past its end
 	cut    int64
@@ -161,11 +161,19 @@ func (l *Log) recover(s *segment) (err error) {
 	if err := crashpoint.Sync("spool.recovered", l.active); err != nil {
 		return err
 	}
+	if err := l.frames.begin(l.active, s.end); err != nil {
+		return err
+	}
 	return crashpoint.Sync("spool.recovered_name", l.disk)
 }
 
 // roll begins the next segment.
 func (l *Log) roll() error {
+	if l.active != nil { // only the last segment may be longer than its frames
+		if err := l.level(); err != nil {
+			return fmt.Errorf("end a segment: %w", err)
+		}
+	}
 	s := segment{name: segmentName(l.last + 1), first: l.last + 1, end: headerSize}
 	f, err := l.disk.Create(s.name)
 	if errors.Is(err, fs.ErrExist) { // left by a roll that failed and could not be undone
@@ -185,6 +193,9 @@ func (l *Log) roll() error {
 	if err == nil {
 		err = crashpoint.Sync("spool.segment_name", l.disk)
 	}
+	if err == nil {
+		err = l.frames.begin(f, headerSize)
+	}
 	if err != nil {
 		return errors.Join(fmt.Errorf("create segment %s: %w", s.name, err), f.Close(), l.disk.Remove(s.name))
 	}
@@ -196,6 +207,18 @@ func (l *Log) roll() error {
 	l.segs = append(l.segs, s)
 	l.mu.Unlock()
 	return err
+}
+
+// level cuts what the last segment has behind its frames, durably.
+func (l *Log) level() error {
+	end := l.segs[len(l.segs)-1].end
+	if size, err := l.active.Size(); err != nil || size == end {
+		return err
+	}
+	if err := l.active.Truncate(end); err != nil {
+		return err
+	}
+	return crashpoint.Sync("spool.ended", l.active)
 }
 
 // Append writes the record and returns its sequence number once it is fsynced.
@@ -263,31 +286,7 @@ func (l *Log) write(group []*appending) error {
 		s = l.segs[len(l.segs)-1]
 	}
 	h := frame{count: uint32(len(group)), first: l.last + 1}
-	at := s.end + frameSize
-	put := func(b []byte) error {
-		if len(b) == 0 {
-			return nil
-		}
-		h.payload = crc32.Update(h.payload, castagnoli, b)
-		_, err := l.active.WriteAt(b, at)
-		at += int64(len(b))
-		h.length += int64(len(b))
-		return err
-	}
-	var err error
-	for i, a := range group {
-		a.record.Seq = h.first + uint64(i)
-		if err = put(encodeHead(&a.record)); err == nil {
-			err = put(a.record.Body)
-		}
-		if err != nil {
-			break
-		}
-	}
-	crashpoint.Reach("spool.payload_written")
-	if err == nil {
-		_, err = l.active.WriteAt(h.encode(l.salt), s.end)
-	}
+	err := l.frames.write(&h, group, l.salt, s.end)
 	crashpoint.Reach("spool.frame_written")
 	if l.beforeSync != nil {
 		l.beforeSync()
@@ -301,8 +300,9 @@ func (l *Log) write(group []*appending) error {
 		l.dirty = true
 		return errors.Join(err, l.restore(s))
 	}
+	l.frames.done()
 	l.mu.Lock()
-	l.segs[len(l.segs)-1].end = at
+	l.segs[len(l.segs)-1].end = s.end + frameSize + h.length
 	l.last = h.last()
 	l.mu.Unlock()
 	return nil
@@ -462,5 +462,5 @@ func (l *Log) Close() error {
 		l.writing.Unlock() // those who wait write it
 	}
 	defer l.writing.Unlock()
-	return errors.Join(l.active.Close(), l.disk.Close())
+	return errors.Join(l.level(), l.active.Close(), l.disk.Close())
 }

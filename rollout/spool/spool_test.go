@@ -469,12 +469,155 @@ func TestAppendAfterAnErrorOfTheDisk(t *testing.T) {
 	}
 }
 
+// What is written in blocks reads as what is written byte by byte, wherever records
+// end in a block or in what is written at once, and whatever failed in between.
+func TestFramesInBlocks(t *testing.T) {
+	r := seeded(t)
+	noise := blocks(3 * mostStaged) // bodies are written from where they are
+	for i := range noise {
+		noise[i] = byte(r.Uint32())
+	}
+	for i := range 60 {
+		d := newMemDisk()
+		d.block = []int64{1, 64, 512, directBlock}[i%4]
+		limit := int64(1 + r.IntN(4*mostStaged))
+		l, err := openOn(d, limit)
+		if err != nil {
+			t.Fatal(err)
+		}
+		var want []Record
+		for range 12 {
+			near := []int{0, 100, 4096, 8192, leastStaged, mostStaged, 2 * mostStaged}[r.IntN(7)] - headerSize - frameSize - recordSize
+			x := Record{Kind: "k", Body: noise[:max(0, near+r.IntN(9)-5)], Meta: []byte("{}")[:2*r.IntN(2)]}
+			if r.IntN(3) == 0 {
+				x.Body = noise[1:max(1, len(x.Body))] // or cannot be
+			}
+			if r.IntN(2) == 0 { // the segment ends just there: at a block's end, or a few bytes from it
+				end := l.segs[len(l.segs)-1].end
+				x.Body = noise[:up(end+frameSize+recordSize+100, directBlock)-end-frameSize-recordSize-1-int64(r.IntN(3))]
+			}
+			if r.IntN(4) == 0 {
+				left := r.IntN(3)
+				d.fail = func(op string) error {
+					if left--; left < 0 && (op == "sync" || op == "write") {
+						return errDisk
+					}
+					return nil
+				}
+				if _, err := l.Append(Record{Kind: "other", Body: noise[1000 : 1000+r.IntN(2*mostStaged)]}); err == nil {
+					t.Fatal("a broken disk took a record")
+				}
+				d.fail = func(string) error { return nil }
+			}
+			seq, err := l.Append(x)
+			if err != nil {
+				t.Fatal(err)
+			}
+			x.Seq = seq
+			want = append(want, x)
+			if r.IntN(5) == 0 { // by a process that was killed, or one that was not
+				if r.IntN(2) == 0 {
+					if err := l.Close(); err != nil {
+						t.Fatal(err)
+					}
+				}
+				if l, err = openOn(d, limit); err != nil {
+					t.Fatal(err)
+				}
+			}
+		}
+		got, err := readAll(l, 1)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if len(got) != len(want) {
+			t.Fatalf("%d records, expected %d", len(got), len(want))
+		}
+		for k := range got {
+			if got[k].Seq != want[k].Seq || !bytes.Equal(got[k].Body, want[k].Body) || got[k].Kind != want[k].Kind || !bytes.Equal(got[k].Meta, want[k].Meta) {
+				t.Fatalf("blocks of %d: record %d of %d bytes came back as %d of %d", d.block, want[k].Seq, len(want[k].Body), got[k].Seq, len(got[k].Body))
+			}
+		}
+		var together sync.WaitGroup // several in a frame
+		for k := range 6 {
+			together.Go(func() {
+				if _, err := l.Append(Record{Kind: "k", Meta: []byte("{}"), Body: noise[:leastInPlace+k*777]}); err != nil {
+					t.Error(err)
+				}
+			})
+		}
+		together.Wait()
+		sizes := map[int]int{}
+		if err := l.Read(uint64(len(want)+1), func(x Record) error {
+			sizes[len(x.Body)]++
+			if !bytes.Equal(x.Body, noise[:len(x.Body)]) || string(x.Meta) != "{}" {
+				return fmt.Errorf("record %d of %d bytes, meta %q, came back otherwise", x.Seq, len(x.Body), x.Meta)
+			}
+			return nil
+		}); err != nil || len(sizes) != 6 {
+			t.Fatal(err, sizes)
+		}
+		if err := l.Close(); err != nil {
+			t.Fatal(err)
+		}
+		if again, err := openOn(d, limit); err != nil || again.Cut() != 0 {
+			t.Fatalf("a log that was closed: %v, %d bytes cut", err, again.Cut())
+		}
+	}
+}
+
+// refusing is a file opened for direct writes that refuses them.
+type refusing struct {
+	err    error
+	writes int
+	closed bool
+}
+
+func (f *refusing) WriteAt([]byte, int64) (int, error) { f.writes++; return 0, f.err }
+func (f *refusing) Close() error                       { f.closed = true; return nil }
+
+// A file that takes no direct writes after all is written as everybody does; what
+// else is wrong with it is an error.
+func TestDirectWritesAreRefused(t *testing.T) {
+	dir := t.TempDir()
+	l := mustOpen(t, dir, 1<<20)
+	f := l.active.(*osFile)
+	if f.direct != nil {
+		if err := f.direct.Close(); err != nil {
+			t.Fatal(err)
+		}
+	}
+	l.frames.block = directBlock
+	broken := &refusing{err: syscall.EIO}
+	f.direct = broken
+	if _, err := l.Append(numbered(1)); !errors.Is(err, syscall.EIO) || broken.closed {
+		t.Fatal(err, broken)
+	}
+	refuses := &refusing{err: syscall.EINVAL}
+	f.direct = refuses
+	mustAppend(t, l, 1, 9)
+	if refuses.writes != 1 || !refuses.closed {
+		t.Fatal(refuses)
+	}
+	holds(t, l, 1, 9)
+	if err := l.Close(); err != nil {
+		t.Fatal(err)
+	}
+	l = mustOpen(t, dir, 1<<20)
+	if l.Cut() != 0 {
+		t.Fatal(l.Cut(), "bytes cut")
+	}
+	mustAppend(t, l, 10, 30)
+	holds(t, l, 1, 30)
+}
+
 // A machine that loses power at any moment keeps every record whose Append
 // returned, in order, and never one that was not sent.
 func TestPowerCuts(t *testing.T) {
 	r := seeded(t)
-	for range 150 {
+	for i := range 200 {
 		d := newMemDisk()
+		d.block = []int64{1, 64, 512, directBlock}[i%4]
 		l, err := openOn(d, int64(1+r.IntN(400)))
 		if err != nil {
 			t.Fatal(err)
