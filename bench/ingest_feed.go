@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"net/http"
+	"slices"
 	"sync"
 	"time"
 
@@ -80,7 +81,7 @@ func (f FeedOptions) template() (bodyTemplate, error) {
 	if err := arrowio.Encode(&buf, b, ""); err != nil {
 		return bodyTemplate{}, err
 	}
-	t := bodyTemplate{bytes: buf.Bytes(), batch: b}
+	t := bodyTemplate{bytes: slices.Clip(slices.Clone(buf.Bytes())), batch: b} // as large as a received one
 	for at := 0; ; {
 		i := bytes.Index(t.bytes[at:], []byte(loadMark))
 		if i < 0 {
