@@ -2270,9 +2270,6 @@ loop:
 	VADDPS       Y5, Y4, Y4
 	VPADDD       Y4, Y3, Y3
 	VSUBPS       Y4, Y4, Y5
-	VCMPPS       $0x03, Y4, Y4, Y6
-	VANDPS       const_bfQuiet<>+0(SB), Y6, Y6
-	VORPS        Y6, Y4, Y4
 	VCMPPS       $0x07, Y5, Y5, Y5
 	VBLENDVPS    Y5, Y3, Y4, Y4
 	VPSRLD       $0x10, Y4, Y4
@@ -4580,8 +4577,6 @@ group:
 	VADDPS    Z5, Z4, Z4
 	VPADDD    Z4, Z3, Z3
 	VSUBPS    Z4, Z4, Z5
-	VCMPPS    $0x03, Z4, Z4, K1
-	VPORD     const_bfQuiet<>+0(SB), Z4, K1, Z4
 	VCMPPS    $0x07, Z5, Z5, K1
 	VMOVAPS   Z3, K1, Z4
 	VPSRLD    $0x10, Z4, Z4
@@ -4604,8 +4599,6 @@ group:
 	VADDPS    Z5, Z4, Z4
 	VPADDD    Z4, Z3, Z3
 	VSUBPS    Z4, Z4, Z5
-	VCMPPS    $0x03, Z4, Z4, K1
-	VPORD     const_bfQuiet<>+0(SB), Z4, K1, Z4
 	VCMPPS    $0x07, Z5, Z5, K1
 	VMOVAPS   Z3, K1, Z4
 	VPSRLD    $0x10, Z4, Z4
@@ -4636,8 +4629,6 @@ single:
 	VADDPS    Z5, Z4, Z4
 	VPADDD    Z4, Z3, Z3
 	VSUBPS    Z4, Z4, Z5
-	VCMPPS    $0x03, Z4, Z4, K1
-	VPORD     const_bfQuiet<>+0(SB), Z4, K1, Z4
 	VCMPPS    $0x07, Z5, Z5, K1
 	VMOVAPS   Z3, K1, Z4
 	VPSRLD    $0x10, Z4, Z4
@@ -4671,8 +4662,6 @@ tail:
 	VADDPS      Z2, Z0, Z0
 	VPADDD      Z0, Z1, Z1
 	VSUBPS      Z0, Z0, Z2
-	VCMPPS      $0x03, Z0, Z0, K2
-	VPORD       const_bfQuiet<>+0(SB), Z0, K2, Z0
 	VCMPPS      $0x07, Z2, Z2, K2
 	VMOVAPS     Z1, K2, Z0
 	VPSRLD      $0x10, Z0, Z0

@@ -86,19 +86,15 @@ func (s isa) addGrad() {
 		sum := s.widen(s.at(dst, u), t)
 		VADDPS(s.load(s.at(src, u), t), sum, sum)
 		VPADDD(sum, bits, bits)
-		// Infinity keeps its bits, NaN stays one: their difference to themselves is NaN.
-		odd, special := s.vec(), s.vec()
+		// Infinity and NaN keep their upper halves: their difference to themselves is
+		// NaN. The NaN of an addition has the bit set that keeps its half one.
+		odd := s.vec()
 		VSUBPS(sum, sum, odd)
 		if s.z {
-			finite, nan := K(), K()
-			VCMPPS(Imm(3), sum, sum, nan)
-			VPORD(constant("bfQuiet", U32(0x400000)), sum, nan, sum)
+			finite := K()
 			VCMPPS(Imm(7), odd, odd, finite)
 			VMOVAPS(bits, finite, sum)
 		} else {
-			VCMPPS(Imm(3), sum, sum, special)
-			VANDPS(constant("bfQuiet", U32(0x400000)), special, special)
-			VORPS(special, sum, sum)
 			VCMPPS(Imm(7), odd, odd, odd)
 			VBLENDVPS(odd, bits, sum, sum)
 		}
