@@ -85,6 +85,10 @@ TR_INLINE float bf16_low(unsigned x) { return __uint_as_float(x << 16); }
 TR_INLINE float bf16_high(unsigned x) { return __uint_as_float(x & 0xffff0000u); }
 TR_INLINE bf16 float_bf16(float x) { return static_cast<bf16>(pack_bf16(x, 0.0f) & 0xffffu); }
 
+// The upper half of a float32 master's bits, rounded half up: the bf16 weight. A card's
+// arithmetic makes the NaN 0x7fffffff, which would round up to -0: such a one is cut.
+TR_INLINE unsigned master_high(unsigned bits) { return ((bits & 0x7fffffffu) >= 0x7fff8000u ? bits : bits + 0x8000u) >> 16 & 0xffffu; }
+
 TR_INLINE bool aligned16(const void *p) { return (reinterpret_cast<unsigned long long>(p) & 15) == 0; }
 TR_INLINE int imin(int a, int b) { return a < b ? a : b; }
 TR_INLINE int imax(int a, int b) { return a > b ? a : b; }

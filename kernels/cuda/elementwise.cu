@@ -65,7 +65,7 @@ extern "C" __global__ void __launch_bounds__(256) split_master(bf16 *p, short *r
 #pragma unroll
 		for (int j = 0; j < 8; j++) {
 			unsigned bits = __float_as_uint(x[j]);
-			high[j] = (bits + 0x8000u) >> 16 & 0xffffu;
+			high[j] = master_high(bits);
 			low[j] = (bits - (high[j] << 16)) & 0xffffu;
 		}
 		if (vec) {

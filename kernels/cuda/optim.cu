@@ -70,7 +70,7 @@ TR_INLINE void adamw_bf16(bf16 *p, short *rem, const G *g, float *m, float *v, l
 			int signed_low = static_cast<int>(low[j] << 16) >> 16;
 			float x = adam(c, __uint_as_float((high[j] << 16) + static_cast<unsigned>(signed_low)), gv[j], mv[j], vv[j]);
 			unsigned bits = __float_as_uint(x);
-			high[j] = (bits + 0x8000u) >> 16 & 0xffffu;
+			high[j] = master_high(bits);
 			low[j] = (bits - (high[j] << 16)) & 0xffffu;
 		}
 		store8(m + at, mv, left, vec);
@@ -166,7 +166,7 @@ TR_INLINE void adamw_compact(bf16 *p, short *rem, const G *g, signed char *m, fl
 			int signed_low = static_cast<int>(low[j] << 16) >> 16;
 			float x = adam(c, __uint_as_float((high[j] << 16) + static_cast<unsigned>(signed_low)), gv[j], fresh[j], vv[j]);
 			unsigned bits = __float_as_uint(x);
-			high[j] = (bits + 0x8000u) >> 16 & 0xffffu;
+			high[j] = master_high(bits);
 			low[j] = (bits - (high[j] << 16)) & 0xffffu;
 			vv[j] = round_bf16(vv[j], random[j]);
 			if (j < left) peak = fmaxf(peak, fabsf(fresh[j]));
