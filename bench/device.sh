@@ -4,7 +4,7 @@
 # Writes one JSON object per line to $OUT/results-WHAT.jsonl (OUT: out/device-results)
 # and to stdout, everything else to $OUT/SECTION.log. Every section has its own limit,
 # and all together SECONDS (570), so that one that hangs costs only itself.
-# Exits 1 when a section failed; ends with a line that counts them.
+# Exits 1 when a section failed or could not be run; ends with a summary of all.
 #
 # A dry run on a machine without a card takes the same command lines at sizes of no
 # consequence (make device-dry): DEVICE=cpu SHAPE=smoke LOAD=smoke MODES=eager TRAINERD=bin/trainerd.
@@ -17,44 +17,100 @@ run=$PWD/out/device-run python=${PYTHON:-python3}
 device=${DEVICE:-cuda:0} trainerd=${TRAINERD:-$run/trainerd-cuda}
 results=$OUT/results-$what.jsonl
 : >"$results"
-passed=0 failed=0
+passed=0 failed=0 notrun=0
 say() { echo "$1" | tee -a "$results"; }
 
+# notrun NAME WHY: a section that cannot be run here is no pass.
+notrun() {
+  notrun=$((notrun + 1))
+  say "{\"section\":\"$1\",\"rc\":-1,\"why\":\"NOT RUN: $2\"}"
+}
+
 # section NAME SECONDS COMMAND...: lines of the command that are JSON objects become results.
+# Of a failure NAME.failed keeps 200 lines from the first that looks like its cause.
 section() {
-  local name=$1 limit=$2 start=$SECONDS rc
+  local name=$1 limit=$2 start=$SECONDS rc pid
   shift 2
   [ $((total - SECONDS)) -lt "$limit" ] && limit=$((total - SECONDS))
   if [ "$limit" -lt 3 ]; then
-    failed=$((failed + 1))
-    say "{\"section\":\"$name\",\"rc\":-1,\"why\":\"no time left\"}"
+    notrun "$name" "no time left"
     return
   fi
-  timeout -k 5 "$limit" "$@" >"$OUT/$name.log" 2>&1
-  rc=$?
+  timeout -k 5 "$limit" "$@" >"$OUT/$name.log" 2>&1 &
+  pid=$!
+  # A process that is stuck in the driver does not die: it is left behind.
+  while kill -0 $pid 2>/dev/null && [ $((SECONDS - start)) -lt $((limit + 8)) ]; do sleep 0.2; done
+  if kill -0 $pid 2>/dev/null; then rc=137; else
+    wait $pid
+    rc=$?
+  fi
   grep -hE '^\{"name".*\}$' "$OUT/$name.log" | while read -r line; do say "$line"; done
   say "{\"section\":\"$name\",\"rc\":$rc,\"seconds\":$((SECONDS - start)),\"limit\":$limit}"
-  if [ $rc = 0 ]; then passed=$((passed + 1)); else failed=$((failed + 1)); tail -n 15 "$OUT/$name.log"; fi
+  if [ $rc = 0 ]; then
+    passed=$((passed + 1))
+    return 0
+  fi
+  failed=$((failed + 1))
+  awk -v cause='--- FAIL|^panic|^FAIL|Traceback|ERROR SUMMARY: [1-9]|========= [A-Z]|cuda: |_test\\.go:[0-9]+: |run\\.go:[0-9]+: |rror' '!seen && $0 ~ cause { seen = 1 } seen && n++ < 200' "$OUT/$name.log" >"$OUT/$name.failed"
+  [ -s "$OUT/$name.failed" ] || tail -n 200 "$OUT/$name.log" >"$OUT/$name.failed"
+  [ -s "$OUT/$name.failed" ] || echo "no output in $((SECONDS - start)) s" >"$OUT/$name.failed"
+  head -n 15 "$OUT/$name.failed"
+  return 1
 }
 
+# unpack brings .device/ to $run, when all of it is there.
 unpack() {
-  xz -dc .device/bin.tar.xz | tar -C "$run" -xf - || return 1
-  cat .device/smollm2.* >"$run/smollm2.gguf" || return 1
+  (cd .device && sha256sum -c --quiet sums) || { echo ".device is not whole: make device-bundle, and copy every file of it"; return 1; }
+  if command -v xz >/dev/null; then xz -dc .device/bin.tar.xz; else "$python" -c 'import lzma, shutil, sys; shutil.copyfileobj(lzma.open(sys.argv[1]), sys.stdout.buffer)' .device/bin.tar.xz; fi | tar -C "$run" -xf - || return 1
+  cat .device/smollm2.[0-9]* >"$run/smollm2.gguf" || return 1
   rm -rf "$run/smollm2"
   "$run/trainerd-cuda" --json import "$run/smollm2.gguf" "dir:$run/smollm2"
 }
 
-# cuBLASLt comes with the toolkit or with PyTorch's wheels.
-libraries=$("$python" -c 'import glob, os, site; print(":".join(p for s in site.getsitepackages() for p in sorted(glob.glob(os.path.join(s, "nvidia", "*", "lib")))))' 2>/dev/null || true)
-export LD_LIBRARY_PATH=${CUDA_HOME:-/usr/local/cuda}/lib64:$libraries:${LD_LIBRARY_PATH:-} HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+# cuBLASLt comes with PyTorch's wheels or with the toolkit. The wheels go first, so that PyTorch
+# gets its own and both sides of a comparison the same.
+libraries=$("$python" -c 'import glob, importlib.util as u, os; s = u.find_spec("nvidia"); print(":".join(p for d in (s.submodule_search_locations if s else []) for p in sorted(glob.glob(os.path.join(d, "*", "lib")))))' 2>/dev/null || true)
+export LD_LIBRARY_PATH=${libraries:+$libraries:}${CUDA_HOME:-/usr/local/cuda}/lib64:${LD_LIBRARY_PATH:-} HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 sanitizer=$(command -v compute-sanitizer || echo "${CUDA_HOME:-/usr/local/cuda}/bin/compute-sanitizer")
 
-nvidia-smi --query-gpu=name,driver_version,memory.total,clocks.max.sm --format=csv,noheader >"$OUT/machine.log" 2>&1
+timeout 20 nvidia-smi --query-gpu=name,driver_version,memory.total,clocks.max.sm --format=csv,noheader >"$OUT/machine.log" 2>&1
 say "{\"name\":\"machine\",\"what\":\"$(tr -d '"\\' <"$OUT/machine.log" | tr '\n' ' ')\"}"
 export -f unpack
 export run python device trainerd
-[ -n "${TRAINERD:-}" ] || section unpack 60 bash -c unpack
+# finish ends with a short summary: the last 12,000 characters of the output are all that may be seen.
+finish() {
+  say "{\"name\":\"summary\",\"what\":\"$what\",\"passed\":$passed,\"failed\":$failed,\"not_run\":$notrun,\"seconds\":$SECONDS}"
+  echo "==== $what: $passed passed, $failed FAILED, $notrun NOT RUN in $SECONDS s"
+  {
+    grep -E '"section"|"name":"(machine|commit|torch|row|score|decode|ceilings)"' "$results" | cut -c 1-900
+    for f in "$OUT"/*.failed; do
+      [ -s "$f" ] || continue
+      echo "-- $(basename "$f")"
+      { grep -E 'FAIL|rror|panic|expected|m [0-9]+ n [0-9]+ k [0-9]+' "$f" || cat "$f"; } | head -n 6 | cut -c 1-240
+    done
+  } | head -c 10500
+  echo
+  echo "==== $what: $passed passed, $failed FAILED, $notrun NOT RUN"
+  [ $((failed + notrun)) = 0 ]
+  exit
+}
+rm -f "$OUT"/*.failed
+if [ -z "${TRAINERD:-}" ]; then section unpack 60 bash -c unpack || finish; fi
 say "{\"name\":\"commit\",\"commit\":\"$(cat "$run/commit" 2>/dev/null)\"}"
+# PyTorch is looked for once; sections that compare with it are not run without it.
+torch='' # why not
+section torch 90 "$python" -c 'import json, sys, torch
+on = sys.argv[1] == "cpu" or torch.cuda.is_available()
+print(json.dumps({"name": "torch", "version": torch.__version__, "cuda": torch.version.cuda, "sees_card": torch.cuda.is_available()}))
+sys.exit(not on)' "$device" || torch="python finds no PyTorch that sees the card"
+# compare NAME SECONDS COMMAND...: a section that needs PyTorch, and for a whole model transformers.
+compare() { if [ -n "$torch" ]; then notrun "$1" "$torch"; else section "$@"; fi; }
+# sanitize NAME SECONDS TOOL...: a section under compute-sanitizer.
+sanitize() {
+  local name=$1 limit=$2
+  shift 2
+  if [ -x "$sanitizer" ]; then section "$name" "$limit" "$sanitizer" --tool "$@"; else notrun "$name" "no compute-sanitizer in PATH or CUDA_HOME"; fi
+}
 
 # The loop over HTTP on the card, then its last checkpoint in transformers: server DIR
 server() {
@@ -116,18 +172,18 @@ export -f server ours baseline step
 case $what in
   check)
     section kernels-small 60 "$run/cuda.test" -test.run 'TestDevice' -kerneltest.budget 2e8 -test.v
-    section models 60 "$run/cuda.test" -test.run 'TestModels|TestMaster|TestProfiledStep|TestCardNumber|TestTooMuch' -test.v
+    section models 60 "$run/cuda.test" -test.run 'TestModels|TestMaster|TestStaging|TestPins|TestProfiledStep|TestCardNumber|TestTooMuch' -test.v
     section reopen 30 "$run/cuda.test" -test.run 'TestReopen' -test.v
-    section compare-smollm2 110 "$python" bench/device_compare.py "$run/probe" cuda:0 "$run/smollm2" --steps 20
-    section compare-0.5b 90 "$python" bench/device_compare.py "$run/probe" cuda:0 random-0.5b
-    section memcheck 80 "$sanitizer" --tool memcheck --error-exitcode 9 "$run/cuda.test" -test.run 'TestDevice' -kerneltest.budget 9e5
-    section racecheck 80 "$sanitizer" --tool racecheck --error-exitcode 9 "$run/cuda.test" -test.run 'TestDevice/(norm|rope|attention|decode|head|surrogate|sample|optimizer)' -kerneltest.budget 9e5
+    compare compare-smollm2 110 "$python" bench/device_compare.py "$run/probe" cuda:0 "$run/smollm2" --steps 20
+    compare compare-0.5b 90 "$python" bench/device_compare.py "$run/probe" cuda:0 random-0.5b
+    sanitize memcheck 80 memcheck --error-exitcode 9 "$run/cuda.test" -test.run 'TestDevice' -kerneltest.budget 9e5
+    sanitize racecheck 80 racecheck --error-exitcode 9 "$run/cuda.test" -test.run 'TestDevice/(norm|rope|attention|decode|head|surrogate|sample|optimizer)' -kerneltest.budget 9e5
     section server 100 bash -c "server $run/demo"
     section kernels-large 200 "$run/cuda.test" -test.run 'TestDevice' -kerneltest.budget 1e11 -test.v
     ;;
   # The first call: the load that matters, by kernel and by phase, beside PyTorch; then the other two loads.
   time)
-    section ceilings 45 bash -c 'baseline ceilings'
+    compare ceilings 45 bash -c 'baseline ceilings'
     section kernels-0.5b 100 bash -c 'ours kernels --shape 0.5b --load secloop'
     section step-0.5b-secloop 190 bash -c 'step 0.5b secloop eager,compile --profile'
     section step-0.5b-flat 130 bash -c 'step 0.5b flat compile --profile'
@@ -139,7 +195,7 @@ case $what in
     section decode-0.5b 50 bash -c "ours decode --shape 0.5b --sequences 64 ${SHAPE:+--prompt 16 --new-tokens 4}"
     section step-1.5b-secloop 160 bash -c 'step 1.5b secloop compile --profile'
     section step-135m-secloop 120 bash -c 'step 135m secloop compile --profile'
-    [ -n "${SHAPE:-}" ] || section logprob-torch 90 bash -c 'baseline logprob'
+    [ -n "${SHAPE:-}" ] || compare logprob-torch 90 bash -c 'baseline logprob'
     section growth-0.5b 130 bash -c "ours growth --shape 0.5b --repeats 3 --plots $OUT ${SHAPE:+--prompt 16 --completion 4 --group-size 4}"
     ;;
   # The third: 7B full-parameter, and the kernels at larger sizes.
@@ -153,5 +209,4 @@ case $what in
     exit 2
     ;;
 esac
-say "{\"name\":\"summary\",\"what\":\"$what\",\"passed\":$passed,\"failed\":$failed,\"seconds\":$SECONDS}"
-[ $failed = 0 ]
+finish

@@ -15,4 +15,5 @@ go test -c -trimpath -tags cuda -ldflags '-s -w' -o out/device/cuda.test ./kerne
 git rev-parse HEAD >out/device/commit
 tar -C out/device -cf - trainerd-cuda probe cuda.test commit | xz -3 >.device/bin.tar.xz
 split -b 48M -d "${TRAINERD_SMOLLM2:-$cache/smollm2/SmolLM2.gguf}" .device/smollm2.
+(cd .device && sha256sum bin.tar.xz smollm2.* >sums)
 ls -l .device
