@@ -42,6 +42,7 @@ var mutations = []mutation{
 	{"spool.dir_name", "the sync of a new spool directory's name", f32, cuts("spool.frame_synced", 3, 2), 0},
 	{"spool.header", "the sync of a new segment's header", f32, cuts("spool.payload_written", 2, 12), 0},
 	{"spool.segment_name", "the sync of a new segment's name", f32, cuts("spool.payload_written", 4, 4), 0},
+	{"spool.ended", "the sync of a segment's end before the next one begins", f32, cuts("spool.new_segment", 2, 4), 0},
 	{"spool.frame", "the sync of an accepted batch", f32, cuts("spool.payload_written", 4, 4), 0},
 	{"spool.recovered", "the sync of a frame that a killed process wrote", f32, func(r *rand.Rand) []strike {
 		return []strike{{at: "spool.frame_written", n: 2, after: 5 * time.Second}, {at: "spool.payload_written", n: 1, after: 5 * time.Second, power: true}}

@@ -39,6 +39,7 @@ type Log struct {
 	frames frameWriter
 	salt   uint64
 	dirty  bool // bytes of a failed append may lie past its end
+	padded bool // the disk may hold a longer one than its frames, for what fills their last block up
 	cut    int64
 
 	beforeSync func() // see BeforeSync
@@ -211,14 +212,17 @@ func (l *Log) roll() error {
 
 // level cuts what the last segment has behind its frames, durably.
 func (l *Log) level() error {
-	end := l.segs[len(l.segs)-1].end
-	if size, err := l.active.Size(); err != nil || size == end {
+	if !l.padded {
+		return nil
+	}
+	if err := l.active.Truncate(l.segs[len(l.segs)-1].end); err != nil {
 		return err
 	}
-	if err := l.active.Truncate(end); err != nil {
+	if err := crashpoint.Sync("spool.ended", l.active); err != nil {
 		return err
 	}
-	return crashpoint.Sync("spool.ended", l.active)
+	l.padded = false
+	return nil
 }
 
 // Append writes the record and returns its sequence number once it is fsynced.
@@ -286,6 +290,7 @@ func (l *Log) write(group []*appending) error {
 		s = l.segs[len(l.segs)-1]
 	}
 	h := frame{count: uint32(len(group)), first: l.last + 1}
+	l.padded = l.padded || l.frames.block > 1
 	err := l.frames.write(&h, group, l.salt, s.end)
 	crashpoint.Reach("spool.frame_written")
 	if l.beforeSync != nil {
