@@ -136,9 +136,11 @@ func (l *loss) weigh(rows []*row, groups int, mem []float32) []float32 {
 		r.weight, back = back[:n:n], back[n:]
 		weights := r.group.Rollouts[r.index].LossWeights
 		if weights == nil {
-			even := float32(share)
-			for i := range r.weight {
-				r.weight[i] = even
+			if n > 0 {
+				r.weight[0] = float32(share)
+			}
+			for k := 1; k < n; k *= 2 { // copying is several times as fast as storing one by one
+				copy(r.weight[k:], r.weight[:k])
 			}
 			continue
 		}
