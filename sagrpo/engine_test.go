@@ -572,8 +572,8 @@ func TestAllFinite(t *testing.T) {
 		}
 	}
 	for _, bad := range []float32{inf, -inf, float32(math.NaN()), math.Float32frombits(0xFF800001)} {
-		for at := range 3 {
-			x := []float32{-1, -2, -3}
+		for at := range 9 { // they are looked at by four
+			x := []float32{-1, -2, -3, -4, -5, -6, -7, -8, -9}
 			x[at] = bad
 			if allFinite(x) {
 				t.Errorf("%v passed", x)
