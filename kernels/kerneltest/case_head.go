@@ -182,6 +182,8 @@ func (p headProblem) checkGradients(e *env, g kernels.HeadGrad, rows []int, befo
 		want, tol := make([]float64, p.d), make([]float64, p.d)
 		for j, z := range dz {
 			errZ := rel*z.mag + c.slack*r.invTemp*math.Exp(r.logP[j])
+			// A card's exponential flushes probabilities below the smallest normal float32 to 0.
+			errZ += 0x1p-126 * r.invTemp * (math.Abs(c.dLogProb) + math.Abs(c.dEntropy)*(1+math.Abs(r.logP[j])+r.entropy))
 			if int32(j) == r.target {
 				errZ += c.slack * r.invTemp
 			}
