@@ -138,12 +138,15 @@ func (a *Assembler) Add(seq uint64, b *Batch) (AddResult, error) {
 	}
 	a.sweep()
 	var res AddResult
-	touched := map[string]bool{}
+	before := map[string]int{} // rows of the groups that the batch touches
 	var groups []string
 	for i := range b.Rollouts {
 		r := &b.Rollouts[i]
-		if !touched[r.GroupID] {
-			touched[r.GroupID] = true
+		if _, ok := before[r.GroupID]; !ok {
+			before[r.GroupID] = 0
+			if e := a.live[r.GroupID]; e != nil {
+				before[r.GroupID] = len(e.group.Rollouts)
+			}
 			groups = append(groups, r.GroupID)
 		}
 		if p.duplicate[i] {
@@ -177,9 +180,20 @@ func (a *Assembler) Add(seq uint64, b *Batch) (AddResult, error) {
 			res.GroupsCompleted++
 		}
 	}
-	for id := range touched {
+	for id := range before {
 		if e := a.live[id]; e != nil && e.state.Status == Open {
 			res.GroupsOpen++
+		}
+	}
+	// Groups that came whole leave soon and together. Rows that wait, or that are
+	// all that is new in a body, would keep a body each that nobody counts.
+	if b.Shared && (res.GroupsOpen > 0 || res.Duplicates > 0) {
+		for id, n := range before {
+			if e := a.live[id]; e != nil {
+				for k := n; k < len(e.group.Rollouts); k++ {
+					e.group.Rollouts[k].Detach()
+				}
+			}
 		}
 	}
 	a.batches = append(a.batches, batchGroups{seq, makeNames(groups)})
@@ -201,6 +215,14 @@ func (a *Assembler) grow(e *entry, tokens, bytes int64) {
 func (r *Rollout) payload() int64 {
 	return 4*int64(len(r.Completion)+len(r.SamplerLogProbs)+len(r.LossWeights)) + 8*int64(len(r.Components)) +
 		int64(len(r.LossMask)+len(r.ID))
+}
+
+// Detach gives the row memory of its own; see Batch.Shared.
+func (r *Rollout) Detach() {
+	r.Completion = append([]int32(nil), r.Completion...) // slices.Clone of nothing would keep it
+	if r.SamplerLogProbs != nil {
+		r.SamplerLogProbs = append([]float32{}, r.SamplerLogProbs...)
+	}
 }
 
 func payloads(rows []Rollout) (n int64) {

@@ -71,6 +71,59 @@ func TestGroupsCompleteAcrossBatchesInLogOrder(t *testing.T) {
 	}
 }
 
+// Rows that wait for their group, and those that are all that is new in a body,
+// do not keep the body that they came in.
+func TestWaitingRowsKeepNoBody(t *testing.T) {
+	for _, c := range []struct {
+		name   string
+		shared bool
+		rows   []Rollout
+		inBody bool
+	}{
+		{"whole groups", true, []Rollout{row("a", 1, 2), row("a", 3), row("b", 4), row("b", 5)}, true},
+		{"a row that waits", true, []Rollout{row("a", 1, 2), row("a", 3), row("b", 4)}, false},
+		{"a row that came before", true, []Rollout{named(row("c", 7), "r"), row("a", 1, 2), row("a", 3)}, false},
+		{"the same, in memory of its own", false, []Rollout{row("a", 1, 2), row("b", 4)}, true},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			a := NewAssembler(AssemblerOptions{GroupSize: 2, MaxPolicyLag: -1})
+			mustAdd(t, a, 1, named(row("c", 7), "r"))
+			for i := range c.rows {
+				if c.rows[i].ID == "" {
+					c.rows[i].SamplerLogProbs = make([]float32, len(c.rows[i].Completion))
+				}
+			}
+			b := batch(c.rows...)
+			b.Shared = c.shared
+			if _, err := a.Add(3, b); err != nil {
+				t.Fatal(err)
+			}
+			seen := 0
+			for i := range b.Rollouts {
+				r := &b.Rollouts[i]
+				e := a.live[r.GroupID]
+				for k := range e.group.Rollouts {
+					got := &e.group.Rollouts[k]
+					if !slices.Equal(got.Completion, r.Completion) {
+						continue
+					}
+					same := &got.Completion[0] == &r.Completion[0]
+					if len(r.SamplerLogProbs) > 0 && len(got.SamplerLogProbs) > 0 {
+						same = same && &got.SamplerLogProbs[0] == &r.SamplerLogProbs[0]
+					}
+					if r.ID == "" && same != c.inBody {
+						t.Errorf("row %d lies in the body: %v, expected %v", i, same, c.inBody)
+					}
+					seen++
+				}
+			}
+			if seen != len(c.rows) {
+				t.Errorf("%d of %d rows found", seen, len(c.rows))
+			}
+		})
+	}
+}
+
 func TestCheckRefuses(t *testing.T) {
 	long := Rollout{GroupID: "a", Prompt: []int32{1, 2, 3}, Completion: []int32{1}}
 	for _, c := range []struct {

@@ -38,6 +38,10 @@ type Batch struct {
 	// zero time means unknown: their clock starts at the next Assembler.Expire.
 	Received time.Time
 
+	// Shared says that the rows lie in the memory of the body that they came in,
+	// all of which one row keeps.
+	Shared bool
+
 	prints []fingerprint // see Fingerprint
 }
 

@@ -23,6 +23,7 @@ func DecodeInPlace(data []byte, s rollout.Schema, l rollout.Limits) (b *rollout.
 		d.detach()
 		return d.batch, false, nil
 	}
+	d.batch.Shared = true
 	return d.batch, true, nil
 }
 
@@ -42,11 +43,7 @@ func (d *decoder) detach() {
 		return
 	}
 	for i := range d.batch.Rollouts {
-		r := &d.batch.Rollouts[i]
-		r.Completion = append([]int32(nil), r.Completion...)
-		if r.SamplerLogProbs != nil {
-			r.SamplerLogProbs = append([]float32(nil), r.SamplerLogProbs...)
-		}
+		d.batch.Rollouts[i].Detach()
 	}
 }
 

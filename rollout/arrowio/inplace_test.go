@@ -32,6 +32,7 @@ func bothWays(t *testing.T, data []byte, l rollout.Limits) (kept bool) {
 			own[i] ^= 0xA5
 		}
 	}
+	want.Shared = kept
 	if diff := cmp.Diff(want, got, unread); diff != "" {
 		t.Fatalf("kept %v: %s", kept, diff)
 	}
