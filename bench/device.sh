@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# device.sh check|time|time2|time3 [SECONDS]: the CUDA device on a real card.
+# device.sh check|check2|time|time2|time3 [SECONDS]: the CUDA device on a real card.
 # Needs .device/ (make device-bundle), CUDA and PyTorch with transformers; no Go.
 # Writes one JSON object per line to $OUT/results-WHAT.jsonl (OUT: out/device-results)
 # and to stdout, everything else to $OUT/SECTION.log. Every section has its own limit,
@@ -112,15 +112,23 @@ sanitize() {
   if [ -x "$sanitizer" ]; then section "$name" "$limit" "$sanitizer" --tool "$@"; else notrun "$name" "no compute-sanitizer in PATH or CUDA_HOME"; fi
 }
 
-# The loop over HTTP on the card, then its last checkpoint in transformers: server DIR
+# The loop over HTTP on the card, its last checkpoint in transformers, then the same loop again: every
+# published weight must have the same bits. The second keeps the first's choice of algorithms: server DIR
 server() {
-  rm -rf "$1"
+  local published one two
+  rm -rf "$1" "$1-again"
   "$run/trainerd-cuda" demo --smollm2 "$run/smollm2.gguf" --device cuda:0 --keep "$1" || return 1
-  local published
   published=$(find "$1/store" -type d -name hf | sort | tail -n 1)
   [ -n "$published" ] || { echo "nothing was published"; return 1; }
-  "$python" bench/device_compare.py "$run/probe" cuda:0 "$published" --short
+  "$python" bench/device_compare.py "$run/probe" cuda:0 "$published" --short || return 1
+  mkdir -p "$1-again/data" && cp "$1/data/cuda-algorithms.json" "$1-again/data/" || return 1
+  "$run/trainerd-cuda" demo --smollm2 "$run/smollm2.gguf" --device cuda:0 --keep "$1-again" || return 1
+  one=$(weights "$1") two=$(weights "$1-again")
+  [ "$one" = "$two" ] || { echo "FAIL: two runs of one job published other weights"; diff <(echo "$one") <(echo "$two"); return 1; }
+  echo "{\"name\":\"repeated\",\"checkpoints\":$(echo "$one" | wc -l),\"same_bits\":true}"
 }
+# weights DIR: SHA-256 of all published weights below it, in order of their steps.
+weights() { find "$1/store" -name '*.safetensors' | sort | xargs -r sha256sum | cut -d ' ' -f 1; }
 # ours WHAT FLAGS...: trainerd bench on the device; SHAPE and LOAD of a dry run replace what the flags say.
 ours() {
   local what=$1 args=() name
@@ -167,18 +175,22 @@ if "profile" in ours:
 print(json.dumps(row))
 P
 }
-export -f server ours baseline step
+export -f server weights ours baseline step
 
 case $what in
   check)
+    # Limits add up to less than 570 seconds, so that no section ends for want of time.
     section kernels-small 60 "$run/cuda.test" -test.run 'TestDevice' -kerneltest.budget 2e8 -test.v
     section models 60 "$run/cuda.test" -test.run 'TestModels|TestMaster|TestStaging|TestPins|TestProfiledStep|TestCardNumber|TestTooMuch' -test.v
     section reopen 30 "$run/cuda.test" -test.run 'TestReopen' -test.v
     compare compare-smollm2 110 "$python" bench/device_compare.py "$run/probe" cuda:0 "$run/smollm2" --steps 20
     compare compare-0.5b 90 "$python" bench/device_compare.py "$run/probe" cuda:0 random-0.5b
+    section server 110 bash -c "server $run/demo"
+    ;;
+  # Beside check: what takes long and is not needed to go on to the timings.
+  check2)
     sanitize memcheck 80 memcheck --error-exitcode 9 "$run/cuda.test" -test.run 'TestDevice' -kerneltest.budget 9e5
     sanitize racecheck 80 racecheck --error-exitcode 9 "$run/cuda.test" -test.run 'TestDevice/(norm|rope|attention|decode|head|surrogate|sample|optimizer)' -kerneltest.budget 9e5
-    section server 100 bash -c "server $run/demo"
     section kernels-large 200 "$run/cuda.test" -test.run 'TestDevice' -kerneltest.budget 1e11 -test.v
     ;;
   # The first call: the load that matters, by kernel and by phase, beside PyTorch; then the other two loads.
@@ -205,7 +217,7 @@ case $what in
     section kernels-7b 130 bash -c 'ours kernels --shape 7b --load secloop'
     ;;
   *)
-    echo "device.sh: $what, expected check, time, time2 or time3" >&2
+    echo "device.sh: $what, expected check, check2, time, time2 or time3" >&2
     exit 2
     ;;
 esac
