@@ -84,7 +84,7 @@ func (a *Assembler) plan(b *Batch) (*plan, error) {
 				expected = fmt.Sprintf("the prompt of group %q as in an earlier batch", r.GroupID)
 			}
 			return nil, &fault.Error{Kind: fault.Invalid, Code: "unequal_prompts", Fields: []fault.Field{{
-				Name: "prompt_tokens", Row: i, Got: describePrompt(r.Prompt, c.prompt), Expected: expected}}}
+				Name: "prompt_tokens", Row: i, Got: DescribePrompt(r.Prompt, c.prompt), Expected: expected}}}
 		}
 		if c.rows == a.opts.GroupSize {
 			return nil, closedRow(i, r.GroupID, fmt.Sprintf("complete with %d rows", c.rows))
@@ -131,8 +131,8 @@ func (b *Batch) fingerprints() []fingerprint {
 	return prints
 }
 
-// describePrompt says how a prompt differs from what was expected.
-func describePrompt(got, want []int32) string {
+// DescribePrompt says how a prompt differs from what was expected.
+func DescribePrompt(got, want []int32) string {
 	for i := range min(len(got), len(want)) {
 		if got[i] != want[i] {
 			return fmt.Sprintf("%d tokens that differ at %d (%d, not %d)", len(got), i, got[i], want[i])

@@ -2,6 +2,7 @@ package rollout
 
 import (
 	"fmt"
+	"math"
 	"time"
 
 	"trainerd/internal/fault"
@@ -97,6 +98,25 @@ func (b *Batch) CheckPolicySteps(newest int64) error {
 	for i := range b.Rollouts {
 		if s := b.Rollouts[i].PolicyStep; s > newest {
 			return fault.BadRow("policy_step", i, s, fmt.Sprintf("at most %d, the newest step of the policy", newest))
+		}
+	}
+	return nil
+}
+
+// MaxReward is the greatest magnitude of a reward that is let in. Gradients grow with
+// the advantage and their float32 sum of squares ends at 3e38, that is, at a norm of
+// 1.8e19: this leaves the policy's own gradient seven orders of magnitude.
+const MaxReward = 1e12
+
+// CheckRewards refuses rows whose reward, composed or plain, is past MaxReward: a step
+// would find its gradient infinite, and the job would fail for one row.
+func (b *Batch) CheckRewards() error {
+	for i := range b.Rollouts {
+		if r := b.Rollouts[i].Reward; math.Abs(r) > MaxReward {
+			if len(b.Components) > 0 {
+				return fault.BadRow("reward_"+b.Components[0], i, r, fmt.Sprintf("components whose weighted sum is at most %g in magnitude", MaxReward))
+			}
+			return fault.BadRow("reward", i, r, fmt.Sprintf("at most %g in magnitude", MaxReward))
 		}
 	}
 	return nil

@@ -149,6 +149,8 @@ func TestRolloutRefusals(t *testing.T) {
 		{"wrong column type", wrongType(t), nil, 422, "wrong_type", "prompt_tokens", -1},
 		{"nan reward", with(func(b *rollout.Batch) { b.Rollouts[4].Reward = math.NaN() }), nil, 422, "invalid_row", "reward", 4},
 		{"infinite reward", with(func(b *rollout.Batch) { b.Rollouts[1].Reward = math.Inf(-1) }), nil, 422, "invalid_row", "reward", 1},
+		{"a reward that no gradient survives", with(func(b *rollout.Batch) { b.Rollouts[2].Reward = 1e300 }), nil, 422, "invalid_row", "reward", 2},
+		{"the same composed", with(func(b *rollout.Batch) { components(b, "format"); b.Rollouts[1].Components[0] = -2e12 }), nil, 422, "invalid_row", "reward_format", 1},
 		{"empty completion", with(func(b *rollout.Batch) { b.Rollouts[2].Completion = nil }), nil, 422, "invalid_row", "completion_tokens", 2},
 		{"token outside the vocabulary", with(func(b *rollout.Batch) { b.Rollouts[3].Completion = []int32{5, 64} }), nil, 422, "token_out_of_range", "completion_tokens", 3},
 		{"negative token", with(func(b *rollout.Batch) { b.Rollouts[0].Completion = []int32{-1} }), nil, 422, "token_out_of_range", "completion_tokens", 0},
@@ -223,6 +225,19 @@ func TestRolloutRefusals(t *testing.T) {
 	}
 	if r, err := c.SubmitArrow(ctx, j.ID, whole, ""); err != nil || r.Rows != 2*n || r.Batch != 1 {
 		t.Errorf("the whole batch after all: %+v, %v", r, err)
+	}
+}
+
+// TestUnequalPromptsSayWhere: prompts of one length that differ are told apart.
+func TestUnequalPromptsSayWhere(t *testing.T) {
+	e := servertest.Start(t, servertest.Options{Wrap: described(t)})
+	c, ctx := connect(t, e)
+	j := create(t, c, ctx, e.JobDocument(2, nil))
+	b := servertest.Batch("x", 1, 2, 0, 9)
+	b.Rollouts[0].Prompt, b.Rollouts[1].Prompt = []int32{3, 4, 5}, []int32{3, 9, 5}
+	status, p := exchange(t, http.MethodPost, e.URL+"/v1/jobs/"+j.ID+"/rollouts", encode(t, b, ""), arrowHeader)
+	if status != 422 || len(p.Errors) != 1 || p.Errors[0].Got != "3 tokens that differ at 1 (9, not 4)" {
+		t.Errorf("%d %+v, expected the place where the prompts differ", status, p)
 	}
 }
 

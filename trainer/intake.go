@@ -162,6 +162,9 @@ func (j *Job) check(ctx context.Context, b *rollout.Batch, digest string, ahead 
 	if err := b.CheckPolicySteps(j.rec.Step); err != nil {
 		return rolloutMeta{}, err
 	}
+	if err := b.CheckRewards(); err != nil {
+		return rolloutMeta{}, err
+	}
 	if err := j.asm.Check(b); err != nil {
 		return rolloutMeta{}, err
 	}

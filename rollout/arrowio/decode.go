@@ -298,7 +298,7 @@ func (d *decoder) prompts(rows []rollout.Rollout, groups []*group, base int, a *
 			g.prompt, back = dst, back[hi-lo:]
 		} else if !slices.Equal(g.prompt, dst) {
 			return &fault.Error{Kind: fault.Invalid, Code: "unequal_prompts", Fields: []fault.Field{{Name: "prompt_tokens", Row: row,
-				Got: fmt.Sprintf("%d tokens", hi-lo), Expected: fmt.Sprintf("the %d tokens of row %d, of the same group %q", len(g.prompt), g.row, g.id)}}}
+				Got: rollout.DescribePrompt(dst, g.prompt), Expected: fmt.Sprintf("the prompt of group %q as in row %d", g.id, g.row)}}}
 		}
 		g.raw = raw
 		rows[i].Prompt = g.prompt
