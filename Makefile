@@ -168,14 +168,14 @@ trainerd-cuda: kernels cuda-driver ## bin/trainerd-cuda, with the CUDA device
 cuda-emulated: # the CUDA device's own code and kernels on a CPU emulator, against the float64 references
 	kernels/cuda/emulator/build.sh out/emulator
 	TRAINERD_EMULATOR=$(CURDIR)/out/emulator $(CUDA_GO) test -tags cudaemu -count=1 -timeout 10m ./kernels/cuda
-	TRAINERD_EMULATOR=$(CURDIR)/out/emulator $(CUDA_GO) test -tags cudaemu -count=1 -timeout 10m -run 'TestJobsTakeTurnsOnTheDevice|TestHostMemoryBoundsSwapping|TestBrokenJobHarmsNoOther' ./server
+	TRAINERD_EMULATOR=$(CURDIR)/out/emulator $(CUDA_GO) test -tags cudaemu -count=1 -timeout 10m -run 'TestJobsTakeTurnsOnTheDevice|TestLargeCaptures|TestHostMemoryBoundsSwapping|TestBrokenJobHarmsNoOther' ./server
 	TRAINERD_EMULATOR=$(CURDIR)/out/emulator $(CUDA_GO) test -tags cudaemu -count=1 -timeout 10m -run Emulated ./bench
 
 cuda-standin: trainerd-cuda # what runs on a card, on strict stand-ins for the driver and cuBLASLt that do nothing before they are waited for
 	kernels/cuda/emulator/build.sh out/emulator
 	$(CUDA_GO) test -c -tags cuda -o out/cuda/cuda.test ./kernels/cuda
 	cd kernels/cuda && LD_LIBRARY_PATH=$(CURDIR)/out/emulator ../../out/cuda/cuda.test -test.timeout 10m -kerneltest.budget 4e5
-	LD_LIBRARY_PATH=$(CURDIR)/out/emulator $(CUDA_GO) test -tags cuda -count=1 -timeout 10m -run 'TestJobsTakeTurnsOnTheDevice' ./server
+	LD_LIBRARY_PATH=$(CURDIR)/out/emulator $(CUDA_GO) test -tags cuda -count=1 -timeout 10m -run 'TestJobsTakeTurnsOnTheDevice|TestLargeCaptures' ./server
 
 cuda-check: trainerd-cuda ## compiles all kernels and all tagged Go, and runs what needs no GPU
 	$(CUDA_GO) vet -tags cuda ./kernels/cuda ./cmd/trainerd ./model

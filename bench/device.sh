@@ -181,7 +181,7 @@ case $what in
   check)
     # Limits add up to less than 570 seconds, so that no section ends for want of time.
     section kernels-small 60 "$run/cuda.test" -test.run 'TestDevice' -kerneltest.budget 2e8 -test.v
-    section models 60 "$run/cuda.test" -test.run 'TestModels|TestMaster|TestStaging|TestPins|TestProfiledStep|TestCardNumber|TestTooMuch' -test.v
+    section models 60 "$run/cuda.test" -test.run 'TestModels|TestMaster|TestStaging|TestMemory|TestPins|TestProfiledStep|TestCardNumber|TestTooMuch' -test.v
     section reopen 30 "$run/cuda.test" -test.run 'TestReopen' -test.v
     compare compare-smollm2 110 "$python" bench/device_compare.py "$run/probe" cuda:0 "$run/smollm2" --steps 20
     compare compare-0.5b 90 "$python" bench/device_compare.py "$run/probe" cuda:0 random-0.5b

@@ -396,3 +396,25 @@ func testStaging(t *testing.T, dev kernels.Device) {
 		t.Fatal(err)
 	}
 }
+
+// testMemory takes memory and gives it back: what is free says so. A driver takes it by pages of 2 MiB.
+func testMemory(t *testing.T, dev kernels.Device) {
+	const n, slack = 64 << 20, 4 << 20
+	before := dev.Info().MemFree
+	for range 3 {
+		b, err := dev.Alloc("test", kernels.I8, n)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if took := before - dev.Info().MemFree; took < n || took > n+slack {
+			t.Errorf("%d bytes took %d", n, took)
+		}
+		dev.Free(b)
+		if err := dev.Sync(); err != nil {
+			t.Fatal(err)
+		}
+		if kept := before - dev.Info().MemFree; kept < -slack || kept > slack {
+			t.Errorf("%d bytes did not come back", kept)
+		}
+	}
+}

@@ -33,6 +33,8 @@ func TestMaster(t *testing.T) { testMaster(t, open(t)) }
 
 func TestStaging(t *testing.T) { testStaging(t, open(t)) }
 
+func TestMemory(t *testing.T) { testMemory(t, open(t)) }
+
 func TestPins(t *testing.T) {
 	testPins(t, open(t))
 	testPinsEnd(t, open(t))

@@ -42,7 +42,7 @@ func OpenEmulated(folder string, o Options) (*Device, error) {
 		if err != nil {
 			return nil, err
 		}
-		return &emulated{launchFn: launch, clockFn: clock, blas: b, maps: map[address][]byte{}, registered: map[*byte]int{}}, nil
+		return &emulated{launchFn: launch, clockFn: clock, blas: b, maps: map[address]allocation{}, registered: map[*byte]int{}}, nil
 	})
 }
 
@@ -80,9 +80,15 @@ type emulated struct {
 	broken            error // what every call gives once it is set
 	launchFn, clockFn unsafe.Pointer
 	blas              *blas
-	maps              map[address][]byte
+	maps              map[address]allocation
 	registered        map[*byte]int // bytes
 	used              int64
+}
+
+// allocation is a mapping and the bytes of it that were asked for.
+type allocation struct {
+	mapped []byte
+	n      int64
 }
 
 const emulatedMemory = 8 << 30
@@ -112,7 +118,7 @@ func (e *emulated) alloc(n int64) (address, error) {
 		}
 	}
 	at := address(uintptr(unsafe.Pointer(unsafe.SliceData(m)))) + address(room-kernels.Round(n, alignment))
-	e.maps[at] = m
+	e.maps[at] = allocation{m, n}
 	e.used += n
 	return at, nil
 }
@@ -130,7 +136,8 @@ func (e *emulated) unmap(at address) error {
 		return fmt.Errorf("free of %#x, which is no allocation", at)
 	}
 	delete(e.maps, at)
-	return syscall.Munmap(m)
+	e.used -= m.n
+	return syscall.Munmap(m.mapped)
 }
 
 func (e *emulated) memory() (free, total int64, err error) {

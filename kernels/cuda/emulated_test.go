@@ -50,6 +50,8 @@ func TestMaster(t *testing.T) { testMaster(t, emulator(t)) }
 
 func TestStaging(t *testing.T) { testStaging(t, emulator(t)) }
 
+func TestMemory(t *testing.T) { testMemory(t, emulator(t)) }
+
 func TestPins(t *testing.T) {
 	testPins(t, emulator(t))
 	testPinsEnd(t, emulator(t))
