@@ -112,7 +112,7 @@ const MaxReward = 1e12
 // would find its gradient infinite, and the job would fail for one row.
 func (b *Batch) CheckRewards() error {
 	for i := range b.Rollouts {
-		if r := b.Rollouts[i].Reward; math.Abs(r) > MaxReward {
+		if r := b.Rollouts[i].Reward; math.Abs(r) > MaxReward || math.IsNaN(r) { // NaN: components whose overflows cancel
 			if len(b.Components) > 0 {
 				return fault.BadRow("reward_"+b.Components[0], i, r, fmt.Sprintf("components whose weighted sum is at most %g in magnitude", MaxReward))
 			}
