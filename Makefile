@@ -17,7 +17,7 @@ SMOLLM2             := $(CACHE)/smollm2/SmolLM2.gguf
 
 .PHONY: test-field test-field-real bench-field field-leaks field-twins build test test-race test-parity test-minio test-interop test-readme lint bench demo demo-control demo-seeds demo-smollm2 demo-secloop secloop-control secloop-smollm2 secloop-sweep crash soak crash-mutations faults load goldens tools venv fuzz clean
 .PHONY: attack vuln test-vllm bench-delta
-.PHONY: kernels trainerd-cuda cuda-driver cuda-check cuda-emulated cuda-standin device-bundle device-dry
+.PHONY: kernels trainerd-cuda cuda-driver cuda-check cuda-emulated cuda-emulated-card cuda-standin device-bundle device-dry
 
 build: ## bin/trainerd, pure Go
 	CGO_ENABLED=0 $(GO) build -trimpath -ldflags "$(LDFLAGS)" -o bin/trainerd ./cmd/trainerd
@@ -66,7 +66,7 @@ test-vllm: build venv $(SMOLLM2) ## a real vLLM on the CPU (VLLM=its program) lo
 bench-delta: build venv $(SMOLLM2) ## what deltas between SA-GRPO steps of SmolLM2 weigh
 	TRAINERD_SMOLLM2=$(SMOLLM2) parity/delta.sh bin/trainerd $(PY)
 
-test-readme: build venv ## runs the Python snippet of README.md against a server
+test-readme: build venv ## runs the Python of README.md and docs/training.md against a server
 	bench/readme.sh bin/trainerd $(PY)
 
 lint: ## formatting, vet, staticcheck, import rules
@@ -171,6 +171,15 @@ cuda-emulated: # the CUDA device's own code and kernels on a CPU emulator, again
 	TRAINERD_EMULATOR=$(CURDIR)/out/emulator $(CUDA_GO) test -tags cudaemu -count=1 -timeout 10m -run 'TestJobsTakeTurnsOnTheDevice|TestLargeCaptures|TestHostMemoryBoundsSwapping|TestBrokenJobHarmsNoOther' ./server
 	TRAINERD_EMULATOR=$(CURDIR)/out/emulator $(CUDA_GO) test -tags cudaemu -count=1 -timeout 10m -run Emulated ./bench
 
+cuda-emulated-card: # the kernels, and the device with them, in arithmetic that errs as far as a card's may
+ifeq ($(shell uname -m),x86_64)
+	$(MAKE) -C kernels/cuda/emu test ARITHMETIC=card
+	kernels/cuda/emulator/build.sh out/emulator-card card
+	TRAINERD_EMULATOR=$(CURDIR)/out/emulator-card $(CUDA_GO) test -tags cudaemu -count=1 -timeout 10m -run '^(TestEmulated|TestModels|TestMaster|TestProfiledStep)$$' ./kernels/cuda
+else
+	@echo "note: a card's arithmetic is emulated on x86 only"
+endif
+
 cuda-standin: trainerd-cuda # what runs on a card, on strict stand-ins for the driver and cuBLASLt that do nothing before they are waited for
 	kernels/cuda/emulator/build.sh out/emulator
 	$(CUDA_GO) test -c -tags cuda -o out/cuda/cuda.test ./kernels/cuda
@@ -180,7 +189,7 @@ cuda-standin: trainerd-cuda # what runs on a card, on strict stand-ins for the d
 cuda-check: trainerd-cuda ## compiles all kernels and all tagged Go, and runs what needs no GPU
 	$(CUDA_GO) vet -tags cuda ./kernels/cuda ./cmd/trainerd ./model
 	@if [ ! -e /dev/nvidiactl ]; then bin/trainerd-cuda bench gemm --device cuda:0 --repeats 1 2>&1 | tee -a /dev/stderr | grep -q 'no NVIDIA driver'; fi
-	$(MAKE) cuda-emulated cuda-standin
+	$(MAKE) cuda-emulated cuda-emulated-card cuda-standin
 
 device-bundle: trainerd-cuda venv $(SMOLLM2) ## .device/: what bench/device.sh needs on a machine with a GPU and no Go
 	bench/device_bundle.sh

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Runs the Python snippet of README.md against a fresh server: readme.sh TRAINERD PYTHON
+# Runs the Python of README.md and docs/training.md against a fresh server: readme.sh TRAINERD PYTHON
 set -euo pipefail
 cd "$(dirname "$0")/.."
 trainerd=$(realpath "$1") python=$2
@@ -16,3 +16,6 @@ addr=$(sed -n 's/.*"addr":"\([^"]*\)".*/\1/p' "$dir/out")
 [ -n "$addr" ] || { echo "the server did not start"; cat "$dir/err"; exit 1; }
 "$python" "$dir/snippet.py" "http://$addr" "dir:$dir/model" | tee "$dir/said"
 grep -q '^202 ' "$dir/said" && grep -q '^checkpoint of step 1$' "$dir/said"
+awk '/^```python$/{on=1;next} /^```$/{on=0} on' docs/training.md > "$dir/training.py"
+"$python" "$dir/training.py" "http://$addr" "dir:$dir/model" | tee "$dir/said"
+[ "$(grep -c "^step [123] {'loss': " "$dir/said")" -eq 3 ]

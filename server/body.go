@@ -8,6 +8,7 @@ import (
 	"io"
 	"mime"
 	"net/http"
+	"reflect"
 	"strconv"
 	"strings"
 	"sync"
@@ -248,9 +249,20 @@ func decodeStrict(body []byte, v any) error {
 			name = unquoted
 		}
 		return &fault.Error{Kind: fault.Invalid, Code: "invalid_request", Msg: "request",
-			Fields: []fault.Field{{Name: name, Row: -1, Got: "an unknown field", Expected: "a documented one"}}}
+			Fields: []fault.Field{{Name: name, Row: -1, Got: "an unknown field", Expected: "one of " + strings.Join(fieldNames(v), ", ")}}}
 	}
 	return fault.New(fault.Malformed, "malformed_json", "decode body: %w", err)
+}
+
+// fieldNames are the members of the JSON object that v, a pointer to a struct, is read from.
+func fieldNames(v any) []string {
+	t := reflect.TypeOf(v).Elem()
+	var names []string
+	for i := range t.NumField() {
+		name, _, _ := strings.Cut(t.Field(i).Tag.Get("json"), ",")
+		names = append(names, name)
+	}
+	return names
 }
 
 // idempotencyKey reads the Idempotency-Key header, "" when there is none.

@@ -99,7 +99,7 @@ func (s *Server) latestCheckpoint(c echo.Context) error {
 	if err != nil {
 		return err
 	}
-	after, err := queryInt(c, "after", trainer.AnyStep, 0, 1<<53)
+	after, err := queryInt(c, "after", trainer.AnyStep, -1, 1<<53)
 	if err != nil {
 		return err
 	}

@@ -228,6 +228,37 @@ func TestRolloutRefusals(t *testing.T) {
 	}
 }
 
+// TestUnknownMembersNameTheKnown: who misspells a member of a request is told how it is spelt.
+func TestUnknownMembersNameTheKnown(t *testing.T) {
+	e := servertest.Start(t, servertest.Options{Wrap: described(t)})
+	c, ctx := connect(t, e)
+	base := e.URL + "/v1/jobs/" + create(t, c, ctx, e.JobDocument(2, nil)).ID
+	for _, tc := range []struct{ method, path, known string }{
+		{"POST", "/sample", "one of prompts, n, max_tokens, temperature, top_p, seed, stop"},
+		{"POST", "/checkpoints", "one of snapshot"},
+		{"POST", "/checkpoints/0/leases", "one of holder, ttl"},
+		{"PUT", "/nodes/a", "one of step, digest, state, message, ttl"},
+	} {
+		status, p := exchange(t, tc.method, base+tc.path, []byte(`{"snapshots":true}`), map[string]string{"Content-Type": "application/json"})
+		if status != 422 || len(p.Errors) != 1 || p.Errors[0].Name != "snapshots" || p.Errors[0].Expected != tc.known {
+			t.Errorf("%s: %d %+v, expected %q", tc.path, status, p, tc.known)
+		}
+	}
+}
+
+// TestAfterNothing: the policy_step of a job that has published nothing yet is good for waiting.
+func TestAfterNothing(t *testing.T) {
+	e := servertest.Start(t, servertest.Options{Wrap: described(t)})
+	c, ctx := connect(t, e)
+	j := create(t, c, ctx, e.JobDocument(2, nil))
+	if status, p := exchange(t, http.MethodGet, e.URL+"/v1/jobs/"+j.ID+"/checkpoints/latest?after=-1&wait=20s", nil, nil); status != 200 {
+		t.Errorf("after=-1: %d %+v, expected the checkpoint of step 0", status, p)
+	}
+	if status, _ := exchange(t, http.MethodGet, e.URL+"/v1/jobs/"+j.ID+"/checkpoints/latest?after=-2", nil, nil); status != 422 {
+		t.Errorf("after=-2: %d, expected 422", status)
+	}
+}
+
 // TestUnequalPromptsSayWhere: prompts of one length that differ are told apart.
 func TestUnequalPromptsSayWhere(t *testing.T) {
 	e := servertest.Start(t, servertest.Options{Wrap: described(t)})

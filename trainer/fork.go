@@ -51,7 +51,7 @@ func (m *Manager) snapshotOf(ctx context.Context, ref jobSource) (storage.Manife
 	if len(have) > 20 {
 		have = append([]string{"..."}, have[len(have)-20:]...)
 	}
-	expected := "a checkpoint with optimizer state (checkpoint.snapshot_every_steps, or a publication that asks for it); the job has none"
+	expected := "a checkpoint with optimizer state (checkpoint.snapshot_every_steps, or POST …/checkpoints with {\"snapshot\": true}); the job has none"
 	if len(have) > 0 {
 		expected = "a checkpoint with optimizer state; the job has those of steps " + strings.Join(have, ", ")
 	}
