@@ -95,11 +95,11 @@ finish() {
   exit
 }
 rm -f "$OUT"/*.failed
-if [ -z "${TRAINERD:-}" ]; then section unpack 60 bash -c unpack || finish; fi
+if [ -z "${TRAINERD:-}" ]; then section unpack 45 bash -c unpack || finish; fi
 say "{\"name\":\"commit\",\"commit\":\"$(cat "$run/commit" 2>/dev/null)\"}"
 # PyTorch is looked for once; sections that compare with it are not run without it.
 torch='' # why not
-section torch 90 "$python" -c 'import json, sys, torch
+section torch 60 "$python" -c 'import json, sys, torch
 on = sys.argv[1] == "cpu" or torch.cuda.is_available()
 print(json.dumps({"name": "torch", "version": torch.__version__, "cuda": torch.version.cuda, "sees_card": torch.cuda.is_available()}))
 sys.exit(not on)' "$device" || torch="python finds no PyTorch that sees the card"
@@ -179,7 +179,7 @@ export -f server weights ours baseline step
 
 case $what in
   check)
-    # Limits add up to less than 570 seconds, so that no section ends for want of time.
+    # All limits, those of unpack and torch too, add up to 565 seconds: no section ends for want of time.
     section kernels-small 60 "$run/cuda.test" -test.run 'TestDevice' -kerneltest.budget 2e8 -test.v
     section models 60 "$run/cuda.test" -test.run 'TestModels|TestMaster|TestStaging|TestMemory|TestPins|TestProfiledStep|TestCardNumber|TestTooMuch' -test.v
     section reopen 30 "$run/cuda.test" -test.run 'TestReopen' -test.v
