@@ -1,12 +1,18 @@
 #!/usr/bin/env bash
-# build.sh OUT: compiles all kernels with g++ against the emulator (../emu) into
+# build.sh OUT [card]: compiles all kernels with g++ against the emulator (../emu) into
 # OUT/libemulated.so, and the stand-in for cuBLASLt, against NVIDIA's headers, into
 # OUT/libcublasLt.so.13; for go test -tags cudaemu. OUT/libcuda.so.1 is the stand-in
 # for the driver: with OUT in LD_LIBRARY_PATH, what is built for a card runs.
+# With card, arithmetic errs as far as a card's may (../emu/emu.h; x86 only).
 set -euo pipefail
 out=$(mkdir -p "$1" && cd "$1" && pwd)
 cd "$(dirname "$0")"
 flags=(-std=c++17 -O2 -fPIC -ffp-contract=off -fno-strict-aliasing -w -DTRAINERD_EMU -I../emu -I..)
+case "${2:-host}" in
+host) ;;
+card) flags+=(-DTRAINERD_EMU_CARD -ffp-contract=fast -mfma) ;;
+*) echo "build.sh: arithmetic \"$2\", expected host or card" >&2; exit 1 ;;
+esac
 objects=()
 compile() { # source object extra...
   local source=$1 object=$2
