@@ -158,6 +158,42 @@ func (m member) set(text string) error {
 	return nil
 }
 
+// expected is what the member's value must be in a file.
+func (m member) expected() string {
+	switch m.target.Addr().Interface().(type) {
+	case *string:
+		return "a string"
+	case *bool:
+		return "true or false"
+	case *int, *int64:
+		return "a whole number"
+	case *float64:
+		return "a number"
+	case *List:
+		return "a string, several with commas"
+	case *Duration:
+		return `a duration such as "30s"`
+	}
+	panic("config: unhandled type of " + m.name)
+}
+
+// strangers are the names in environ that begin as settings do and name none: most
+// likely a mistyped one. TRAINERD_TOKEN is that of clients, which may run beside a server.
+func strangers(environ []string) []string {
+	known := []string{"TRAINERD_TOKEN"}
+	for _, m := range membersOf(new(Config)) {
+		known = append(known, "TRAINERD_"+strings.ToUpper(m.name))
+	}
+	var names []string
+	for _, e := range environ {
+		if name, _, _ := strings.Cut(e, "="); strings.HasPrefix(name, "TRAINERD_") && !slices.Contains(known, name) {
+			names = append(names, name)
+		}
+	}
+	slices.Sort(names)
+	return names
+}
+
 // bindFlags declares one flag per member, with the defaults shown.
 func bindFlags(fs *pflag.FlagSet, members []member) {
 	for _, m := range members {
@@ -223,7 +259,7 @@ func fromFile(members []member, b []byte) error {
 			return fault.BadField(g.Name, string(g.Value), "each setting once")
 		}
 		if err := json.Unmarshal(g.Value, members[at].target.Addr().Interface()); err != nil {
-			return fault.BadField(g.Name, string(g.Value), "a "+members[at].target.Kind().String())
+			return fault.BadField(g.Name, string(g.Value), members[at].expected())
 		}
 	}
 	return nil

@@ -102,7 +102,7 @@ func TestConfigRefuses(t *testing.T) {
 		{"unknown member", `{"lisssten":"127.0.0.1:1"}`, nil, nil, []string{"trainerd.json", "lisssten", "no such setting"}},
 		{"another case", `{"Listen":"127.0.0.1:1"}`, nil, nil, []string{"Listen", "no such setting"}},
 		{"member twice", `{"workers":1,"workers":2}`, nil, nil, []string{"workers", "once"}},
-		{"wrong type", `{"workers":"1"}`, nil, nil, []string{"workers", "int"}},
+		{"wrong type", `{"workers":"1"}`, nil, nil, []string{"workers", "a whole number"}},
 		{"bad duration", `{"shutdown":"soon"}`, nil, nil, []string{"shutdown", "soon"}},
 		{"not an object", `[]`, nil, nil, []string{"JSON object"}},
 		{"cut", `{"workers":1`, nil, nil, []string{"trainerd.json"}},
@@ -195,5 +195,24 @@ func TestAlgorithmsOfTheCPU(t *testing.T) {
 			d.Close()
 		}
 		t.Errorf("cuda_algorithms=first on the CPU gives %v", err)
+	}
+}
+
+// TestFileTypesAreNamed: a value of the wrong type is refused in the words of the settings, whichever it is.
+func TestFileTypesAreNamed(t *testing.T) {
+	d := DefaultConfig()
+	for _, m := range membersOf(&d) {
+		_, err := load(t, `{"`+m.name+`":{}}`, nil)
+		if err == nil || !strings.Contains(err.Error(), m.name+": got {}, expected "+m.expected()) {
+			t.Errorf("%s: %v, expected one that asks for %s", m.name, err, m.expected())
+		}
+	}
+}
+
+// TestStrangersInTheEnvironment: a mistyped setting is seen, a setting and what is no setting's business is not.
+func TestStrangersInTheEnvironment(t *testing.T) {
+	got := strangers([]string{"TRAINERD_LISTNE=x", "TRAINERD_LISTEN=x", "TRAINERD_S3_SECRET_KEY=s", "TRAINERD_TOKEN=t", "HOME=/", "TRAINERD_DATE=1"})
+	if d := cmp.Diff([]string{"TRAINERD_DATE", "TRAINERD_LISTNE"}, got); d != "" {
+		t.Error(d)
 	}
 }

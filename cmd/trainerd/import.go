@@ -23,7 +23,7 @@ func newImport() *cobra.Command {
 		Use:   "import SRC DEST",
 		Short: "Copy a model (GGUF file or Hugging Face directory) to a store as a Hugging Face directory",
 		Long:  "Copy a model. SRC is a .gguf file or a Hugging Face directory; DEST is dir:PATH or s3://bucket/prefix.\nTensors are streamed one at a time; tokenizer and generation files go along.",
-		Args:  cobra.ExactArgs(2),
+		Args:  takes(2, 2),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			src, opts, err := openModel(args[0])
 			if err != nil {

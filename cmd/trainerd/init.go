@@ -20,7 +20,7 @@ func newInit() *cobra.Command {
 		Use:   "init DEST",
 		Short: "Write a randomly initialised model as a Hugging Face directory",
 		Long:  "Write a randomly initialised model. DEST is dir:PATH or s3://bucket/prefix.\nThe weights are a pure function of the configuration and the seed.",
-		Args:  cobra.ExactArgs(1),
+		Args:  takes(1, 1),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			cfg, carried, err := initConfig(config, preset)
 			if err != nil {

@@ -25,7 +25,7 @@ func newInspect() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "inspect PATH",
 		Short: "Describe a model (directory or .gguf), a checkpoint (its directory or manifest.json) or an Arrow rollout file",
-		Args:  cobra.ExactArgs(1),
+		Args:  takes(1, 1),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			doc, err := inspect(trimScheme(args[0]))
 			if err != nil {

@@ -50,6 +50,17 @@ func newRoot() *cobra.Command {
 	return root
 }
 
+// takes refuses a command line with fewer or, unless most is negative, more
+// arguments, and says which the command has.
+func takes(least, most int) cobra.PositionalArgs {
+	return func(cmd *cobra.Command, args []string) error {
+		if len(args) < least || most >= 0 && len(args) > most {
+			return fmt.Errorf("arguments: got %d, expected: %s", len(args), cmd.UseLine())
+		}
+		return nil
+	}
+}
+
 func main() {
 	field.Main() // a battle-field starts this executable again for its workers
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)

@@ -79,16 +79,20 @@ func (n *node) close() {
 
 // waitCheckpoint returns the job's newest checkpoint once it is of the given step or a later one.
 func waitCheckpoint(ctx context.Context, c *client.Client, job string, step int64, wait time.Duration) (storage.Manifest, error) {
+	what := "the newest checkpoint"
+	if step > 0 {
+		what = fmt.Sprintf("the checkpoint of step %d", step)
+	}
 	for end := time.Now().Add(wait); ; {
 		left := time.Until(end)
 		m, ok, err := c.Newer(ctx, job, step-1, min(max(left, 0), 30*time.Second))
 		switch {
 		case err != nil:
-			return m, fmt.Errorf("wait for checkpoint %d: %w", step, err)
+			return m, fmt.Errorf("get %s: %w", what, err)
 		case ok:
 			return m, nil
 		case left <= 0:
-			return m, fmt.Errorf("wait for checkpoint %d: none after %v", step, wait)
+			return m, fmt.Errorf("get %s: none after %v", what, wait)
 		}
 	}
 }

@@ -42,7 +42,7 @@ func newPull() *cobra.Command {
 		Short:   "Fetch a job's checkpoint, verify it and swap it in as DIR; follow the job with --follow",
 		Long:    pullLong,
 		Example: "  trainerd pull --follow --exec deploy/inference/sglang.py JOB /models/policy -- http://127.0.0.1:30000",
-		Args:    cobra.MinimumNArgs(2),
+		Args:    takes(2, -1),
 		RunE:    func(cmd *cobra.Command, args []string) error { return p.run(cmd, args) },
 	}
 	f := cmd.Flags()

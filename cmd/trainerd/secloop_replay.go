@@ -16,7 +16,7 @@ func newSecloopReplay() *cobra.Command {
 		Use:   "replay DIR",
 		Short: "Show a recorded episode step by step and play it again",
 		Long:  "Show an episode of a run's directory: prompt, strategy, calls, stages, reward. Then play it on a battle-field again;\nexits 1 when it came out otherwise.",
-		Args:  cobra.ExactArgs(1),
+		Args:  takes(1, 1),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			l.con = newLoopConsole(cmd)
 			rec, err := loop.Recorded(args[0], p)

@@ -33,10 +33,14 @@ func newServe() *cobra.Command {
 				return err
 			}
 			con.log.Info("configuration", "settings", json.RawMessage(shown))
+			if names := strangers(os.Environ()); names != nil {
+				con.log.Warn("the environment has what looks like settings and names none", "names", names)
+			}
 			p := &Program{Config: cfg, Log: con.log}
 			if err := p.Start(cmd.Context()); err != nil {
 				return err
 			}
+			con.log.Info("listening", "addr", p.addr.String(), "device", p.device.Info().Name, "version", engineVersion())
 			fmt.Fprintf(con.out, "{\"msg\":\"listening\",\"addr\":%q}\n", p.addr)
 			serveUntil(cmd.Context(), p, manager, con.log)
 			ctx, cancel := context.WithTimeout(context.Background(), time.Duration(cfg.Shutdown))

@@ -106,7 +106,7 @@ func newToken() *cobra.Command {
 	revoke := &cobra.Command{
 		Use:   "revoke ID",
 		Short: "End a token",
-		Args:  cobra.ExactArgs(1),
+		Args:  takes(1, 1),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			t, err := access.RevokeToken(path(), args[0])
 			if err != nil {
