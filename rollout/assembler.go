@@ -77,6 +77,8 @@ type entry struct {
 	bytes  int64
 
 	admitted bool // counted as stale when it was taken
+
+	body *body // in which its rows lie; nil: that need not be known
 }
 
 // closed is what stays of a group.
@@ -194,6 +196,14 @@ func (a *Assembler) Add(seq uint64, b *Batch) (AddResult, error) {
 					e.group.Rollouts[k].Detach()
 				}
 			}
+		}
+		if b.Free != nil {
+			b.Free()
+		}
+	} else if b.Shared && b.Free != nil {
+		m := &body{groups: len(before), free: b.Free}
+		for id := range before {
+			a.live[id].body = m
 		}
 	}
 	a.batches = append(a.batches, batchGroups{seq, makeNames(groups)})
@@ -446,6 +456,9 @@ func (a *Assembler) close(e *entry, s State) GroupState {
 		a.leave(e)
 	}
 	e.state = s
+	if s.Status == Trained && e.body != nil {
+		e.body.trained()
+	}
 	delete(a.live, e.group.ID)
 	a.closed.add(name(e.group.ID), closed{step: s.Step, rows: int32(rows), reason: a.reason(s.Reason), status: s.Status})
 	if s.Status == Trained {

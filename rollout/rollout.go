@@ -43,6 +43,11 @@ type Batch struct {
 	// all of which one row keeps.
 	Shared bool
 
+	// Free, when it is not nil, is for a batch whose rows are Shared: an assembler
+	// calls it at most once, when it, its snapshots and the groups that it handed
+	// out have no use for the body any more. Where it cannot tell, it does not.
+	Free func()
+
 	prints []fingerprint // see Fingerprint
 }
 

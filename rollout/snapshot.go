@@ -27,6 +27,9 @@ type Snapshot struct {
 func (a *Assembler) Snapshot() *Snapshot {
 	s := &Snapshot{closed: a.closed.records, seen: a.seen.records, batches: a.batches, reasons: a.reasons, last: a.last, order: a.order, counters: a.Counters()}
 	for _, e := range a.inOrder() {
+		if e.body != nil {
+			e.body.read = true
+		}
 		c := *e
 		c.names = slices.Clone(e.names)
 		if c.state.Status == Taken {

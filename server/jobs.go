@@ -117,10 +117,7 @@ func (s *Server) postRollouts(c echo.Context) error {
 	if err != nil {
 		return err
 	}
-	receipt, kept, err := job.Submit(c.Request().Context(), body, key)
-	if !kept {
-		s.bodies.give(body)
-	}
+	receipt, err := job.Submit(c.Request().Context(), body, key, s.bodies.give)
 	if err != nil {
 		return err
 	}

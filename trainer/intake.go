@@ -57,30 +57,44 @@ type accepted struct {
 }
 
 // Submit accepts a batch: once it returns, the body is on disk. The same key and
-// body again answers the same receipt. A refused batch is refused whole. The body
-// is the caller's again when it returns, unless kept says that queued rows lie in it.
-func (j *Job) Submit(ctx context.Context, body []byte, key string) (r Receipt, kept bool, err error) {
+// body again answers the same receipt. A refused batch is refused whole.
+//
+// The body is the job's until free, which may be nil, is called with it: before
+// Submit returns, or from another goroutine when rows that lie in it are trained,
+// or never. free must not wait for anything.
+func (j *Job) Submit(ctx context.Context, body []byte, key string, free func([]byte)) (r Receipt, err error) {
 	ctx, end := j.span(ctx, "accept", attribute.Int("trainerd.bytes", len(body)))
 	defer end(&err)
+	if free == nil {
+		free = func([]byte) {}
+	}
+	kept := false
+	defer func() {
+		if !kept {
+			free(body)
+		}
+	}()
 	if r, known, err := j.acceptedBefore(key, body); known || err != nil {
-		return r, false, err
+		return r, err
 	}
 	schema, limits, err := j.admission("accept rollouts")
 	if err != nil {
-		return Receipt{}, false, err
+		return Receipt{}, err
 	}
-	batch, kept, err := j.decodeBatch(ctx, body, schema, limits)
-	if err != nil {
-		return Receipt{}, false, err
+	var batch *rollout.Batch
+	if batch, kept, err = j.decodeBatch(ctx, body, schema, limits); err != nil {
+		return Receipt{}, err
 	}
 	batch.Received = time.Now().UTC()
+	if kept {
+		batch.Free = func() { free(body) }
+	}
 
 	a := &arrival{ctx: ctx, batch: batch, body: body, key: key}
 	if key != "" {
 		a.digest = markOf(body)
 	}
-	r, err = j.arrive(a)
-	return r, kept, err
+	return j.arrive(a)
 }
 
 // appendBatch writes a batch to the spool.
