@@ -6,11 +6,13 @@ import (
 	"maps"
 	"math"
 	"time"
+	"unsafe"
 
 	"trainerd/internal/fault"
 	"trainerd/kernels"
 	"trainerd/model"
 	"trainerd/rollout"
+	"trainerd/rollout/words"
 )
 
 // policy is what a step asks of a model.
@@ -230,18 +232,7 @@ func (e *Engine) admit(group *rollout.Group, i int) error {
 
 // allFinite says in one pass that no number is infinite or NaN.
 func allFinite(x []float32) bool {
-	const exponent = 0x7F800000 // all ones in what is not finite
-	var a, b, c, d uint32       // four, so that none waits for the one before it
-	for ; len(x) >= 4; x = x[4:] {
-		a = max(a, math.Float32bits(x[0])&exponent)
-		b = max(b, math.Float32bits(x[1])&exponent)
-		c = max(c, math.Float32bits(x[2])&exponent)
-		d = max(d, math.Float32bits(x[3])&exponent)
-	}
-	for _, v := range x {
-		a = max(a, math.Float32bits(v)&exponent)
-	}
-	return max(a, b, c, d) < exponent
+	return words.Finite(unsafe.Slice((*byte)(unsafe.Pointer(unsafe.SliceData(x))), 4*len(x)), math.MaxFloat32)
 }
 
 // Next runs the next optimizer step and returns its metrics; done is true

@@ -5,6 +5,7 @@ import (
 	"unsafe"
 
 	"trainerd/rollout"
+	"trainerd/rollout/words"
 )
 
 // DecodeInPlace is DecodeBytes, but where that takes little memory the batch's
@@ -61,50 +62,11 @@ func copyNumbers[T number](dst []T, raw []byte) {
 	copy(unsafe.Slice((*byte)(unsafe.Pointer(unsafe.SliceData(dst))), 4*len(dst)), raw)
 }
 
-// Two numbers of 32 bits are looked at at once, as the halves of a word. A half
-// below 2^31 is at most a bound if its high bit is set in bound + 2^31 - half;
-// no half borrows from the other.
-const highBits = 1<<63 | 1<<31
-
-func both(v uint32) uint64 { return uint64(v)<<32 | uint64(v) }
-
 // tokensFit says whether all 32-bit values are in [0, vocab), which is in [1, 2^31).
 func tokensFit(raw []byte, vocab int) bool {
-	most := both(uint32(vocab-1)) | highBits
-	var bad uint64
-	for len(raw) >= 16 {
-		x, y := binary.LittleEndian.Uint64(raw), binary.LittleEndian.Uint64(raw[8:])
-		bad |= ^(most - x&^highBits) | x | ^(most - y&^highBits) | y
-		raw = raw[16:]
-	}
-	for ; len(raw) >= 4; raw = raw[4:] {
-		x := uint64(binary.LittleEndian.Uint32(raw))
-		bad |= ^(most - x&^highBits) | x
-	}
-	return bad&highBits == 0
+	_, greatest := words.Greatest(raw) // a negative number is greater than any token
+	return greatest < uint32(vocab)
 }
 
-// logProbsFit says whether all float32 are finite and at most maxLogProb: as
-// integers the bits of floats count up from 0 and, with the sign bit, from -0.
-func logProbsFit(raw []byte) bool {
-	finite, positive := both(maxFiniteBits)|highBits, both(maxLogProbBits)|highBits
-	var bad uint64
-	for len(raw) >= 16 {
-		x, y := binary.LittleEndian.Uint64(raw), binary.LittleEndian.Uint64(raw[8:])
-		u, v := x&^highBits, y&^highBits
-		bad |= ^(positive - u | x&(finite-u)) | ^(positive - v | y&(finite-v))
-		raw = raw[16:]
-	}
-	for ; len(raw) >= 4; raw = raw[4:] {
-		x := uint64(binary.LittleEndian.Uint32(raw))
-		u := x &^ highBits
-		bad |= ^(positive - u | x&(finite-u))
-	}
-	return bad&highBits == 0
-}
-
-// Bits of float32: of the greatest finite number, of maxLogProb.
-const (
-	maxFiniteBits  = 0x7F7FFFFF
-	maxLogProbBits = 0x3A800000
-)
+// logProbsFit says whether all float32 are finite and at most maxLogProb.
+func logProbsFit(raw []byte) bool { return words.Finite(raw, maxLogProb) }
