@@ -238,7 +238,8 @@ func (s *Server) checkpointFile(c echo.Context) error {
 	if err != nil {
 		return fmt.Errorf("read digest of %s: %w", name, err)
 	}
-	if c.QueryParam("redirect") == "true" {
+	switch redirect := c.QueryParam("redirect"); redirect {
+	case "true":
 		url, ok, err := job.FileURL(c.Request().Context(), man, name)
 		if err != nil {
 			return err
@@ -247,6 +248,9 @@ func (s *Server) checkpointFile(c echo.Context) error {
 			c.Response().Header().Set("Cache-Control", "no-store") // the URL ends soon
 			return c.Redirect(http.StatusTemporaryRedirect, url)
 		}
+	case "", "false":
+	default:
+		return fault.BadField("redirect", strconv.Quote(redirect), "true or false")
 	}
 	h := c.Response().Header()
 	h.Set("ETag", `"`+f.SHA256+`"`)

@@ -1,7 +1,7 @@
 package server_test
 
 import (
-	"math"
+	"slices"
 	"strings"
 	"testing"
 
@@ -133,8 +133,9 @@ func TestFailedStepFailsItsJobOnly(t *testing.T) {
 	good := create(t, c, ctx, e.JobDocument(n, nil))
 	bad := create(t, c, ctx, e.JobDocument(n, nil))
 	b := servertest.Batch("a", 2, n, 0, 1)
-	for i := range b.Rollouts { // finite as float64, and not as a float32 gradient
-		b.Rollouts[i].Reward = math.MaxFloat64 / 8 * float64(i%2)
+	for i := range b.Rollouts {
+		b.Rollouts[i].Reward = float64(i % 2)
+		b.Rollouts[i].SamplerLogProbs = slices.Repeat([]float32{-200}, len(b.Rollouts[i].Completion)) // no float32 has the ratio to that
 	}
 	if _, err := c.Submit(ctx, bad.ID, b, ""); err != nil {
 		t.Fatal(err)

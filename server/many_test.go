@@ -8,6 +8,7 @@ import (
 	"math"
 	"net/http"
 	"regexp"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -217,7 +218,8 @@ func TestHostMemoryBoundsSwapping(t *testing.T) {
 	}
 	b := servertest.Batch("a", 2, n, 0, 1)
 	for i := range b.Rollouts {
-		b.Rollouts[i].Reward = math.MaxFloat64 / 8 * float64(i%2)
+		b.Rollouts[i].Reward = float64(i % 2)
+		b.Rollouts[i].SamplerLogProbs = slices.Repeat([]float32{-200}, len(b.Rollouts[i].Completion)) // no float32 has the ratio to that
 	}
 	if _, err := c.Submit(ctx, bad.ID, b, ""); err != nil {
 		t.Fatal(err)

@@ -259,6 +259,42 @@ func TestAfterNothing(t *testing.T) {
 	}
 }
 
+// TestQueriesAreStrict: a parameter that a route does not have, or has twice, is refused; each that
+// openapi.json describes is known, and no other.
+func TestQueriesAreStrict(t *testing.T) {
+	e := servertest.Start(t, servertest.Options{Wrap: described(t)})
+	c, ctx := connect(t, e)
+	base := "/v1/jobs/" + create(t, c, ctx, e.JobDocument(2, nil)).ID
+	for query, want := range map[string][3]string{
+		"/checkpoints/latest?wiat=5s":                  {"wiat", "an unknown query parameter", "one of after, wait"},
+		"/checkpoints/latest?wait=1s&wait=2s":          {"wait", "it more than once", "it once"},
+		"/steps?page=2":                                {"page", "an unknown query parameter", "one of after, limit"},
+		"?verbose":                                     {"verbose", "an unknown query parameter", "no query"},
+		"/checkpoints/0/files/hf/config.json?wait=20s": {"wait", "an unknown query parameter", "one of redirect"},
+	} {
+		status, p := exchange(t, http.MethodGet, e.URL+base+query, nil, nil)
+		if status != 422 || len(p.Errors) != 1 || [3]string{p.Errors[0].Name, p.Errors[0].Got, p.Errors[0].Expected} != want {
+			t.Errorf("%s: %d %+v, expected %q", query, status, p, want)
+		}
+	}
+	for path, item := range loadDescription(t).Paths.Map() {
+		for method, op := range item.Operations() {
+			for _, param := range op.Parameters {
+				if param.Value.In != "query" || method == http.MethodHead { // whose answers have no body
+					continue
+				}
+				at := strings.NewReplacer("/v1/jobs/{job}", base, "{step}", "0", "{name}", "hf/config.json").Replace(path)
+				_, p := exchange(t, method, e.URL+at+"?"+param.Value.Name+"=x", nil, nil)
+				for _, f := range p.Errors {
+					if f.Got == "an unknown query parameter" {
+						t.Errorf("%s %s: %s is described and unknown", method, path, f.Name)
+					}
+				}
+			}
+		}
+	}
+}
+
 // TestUnequalPromptsSayWhere: prompts of one length that differ are told apart.
 func TestUnequalPromptsSayWhere(t *testing.T) {
 	e := servertest.Start(t, servertest.Options{Wrap: described(t)})

@@ -144,6 +144,7 @@ func (s *Server) probes(guard echo.MiddlewareFunc) {
 // whose catch-all would answer 404 where 405 is true.
 func (s *Server) routes(guard echo.MiddlewareFunc) {
 	add := func(method, path string, h echo.HandlerFunc, more ...echo.MiddlewareFunc) {
+		more = append([]echo.MiddlewareFunc{knownQuery(method + " " + path)}, more...)
 		if guard != nil {
 			more = append([]echo.MiddlewareFunc{guard}, more...)
 		}
