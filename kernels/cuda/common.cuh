@@ -21,6 +21,13 @@ __device__ __forceinline__ float fast_exp2(float x) {
 	return y;
 }
 
+// The root of x; relative error below 2^-22. Subnormal x gives 0, NaN stays NaN.
+__device__ __forceinline__ float fast_sqrt(float x) {
+	float y;
+	asm("sqrt.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+	return y;
+}
+
 // Two floats to packed bf16, nearest even, lo in the low half.
 __device__ __forceinline__ unsigned pack_bf16(float lo, float hi) {
 	unsigned r;

@@ -107,7 +107,7 @@ static inline float rsqrtf(float x) { return float(1 / sqrt(double(x))); }
 
 #ifdef TRAINERD_EMU_CARD
 // Arithmetic that errs as far as a card's may (PTX ISA 9, CUDA programming guide):
-// ex2.approx.ftz by 2^-22 of its result, __fdividef by 2 ulp and to 0 for divisors beyond
+// ex2.approx.ftz by 2^-22 of its result, sqrt.approx.ftz by 2^-23, __fdividef by 2 ulp and to 0 for divisors beyond
 // 2^126, mma.sync by adding 8 products at a time to the accumulator, each cut (not rounded)
 // 24 bits below the greatest of them and the sum cut to float32 (Fasi et al., PeerJ CS
 // 7:e330, for sm_80). Errors are a hash of the operand, so a kernel stays a function of
@@ -144,6 +144,9 @@ static inline float __fdividef(float a, float b) {
 	if (std::abs(b) > 0x1p126f && std::abs(b) < INFINITY) return 0 * a;
 	return float(a / double(b) * (1 + 0x1p-22 * emu::error_of(b)));
 }
+static inline float fast_sqrt(float x) {
+	return std::abs(x) < 0x1p-126f ? 0 * x : float(sqrt(double(x)) * (1 + 0x1p-23 * emu::error_of(x)));
+}
 static inline float fast_exp2(float x) {
 	if (std::abs(x) < 0x1p-126f) return 1;
 	float y = float(exp2(double(x)) * (1 + 0x1p-22 * emu::error_of(x)));
@@ -157,6 +160,7 @@ inline float mma_sum(float c, const float (&x)[16], const float (&y)[16]) {
 }
 } // namespace emu
 static inline float __fdividef(float a, float b) { return a / b; }
+static inline float fast_sqrt(float x) { return sqrtf(x); }
 static inline float fast_exp2(float x) { return exp2f(x); }
 #endif
 

@@ -124,6 +124,60 @@ TEST(adamw_compact) {
 	}
 }
 
+namespace {
+
+// Key.Bits of package kernels.
+unsigned random_of(unsigned long long i, unsigned a, unsigned b) {
+	unsigned x = unsigned(i) ^ a;
+	x = (x ^ x >> 16) * 0x7feb352du;
+	x = ((x ^ x >> 15) + b + unsigned(i >> 32) * 0x9e3779b9u) * 0x846ca68bu;
+	return x ^ x >> 16;
+}
+
+// momentCode of package simd; t and the quotient are rounded, whatever is contracted elsewhere.
+int code_of(float t, unsigned random) {
+	int q = int(sqrtf(sqrtf(t)));
+	if (q >= 127) return 127;
+	int square = q * q;
+	volatile float below = float(square) * float(square), above = t - below, share = above / float((2 * square + 2 * q + 1) * (2 * q + 1));
+	return float(random >> 16) + 0.5f < share * 65536.0f ? q + 1 : q;
+}
+
+} // namespace
+
+// Codes are those of the definition, bit for bit, around every fourth power and around the
+// moments whose share of the way to the next code is that of their random bits.
+TEST(adamw_compact_codes) {
+	const int n = 128 * 300;
+	const float peak = 127.0f * 127.0f * 127.0f * 127.0f; // a block's greatest: its inverse is 1
+	for (int round = 0; round < 4; round++) {
+		int key_a = int(c.rng()), key_b = int(c.rng());
+		long long first = (1ll << 32) - 128 * 150 + round;
+		std::vector<float> g(n);
+		for (int i = 0; i < n; i++) {
+			int q = c.below(127);
+			double from = pow(q, 4), share = ((random_of(first + i, key_a, key_b) >> 16) + 0.5) / 65536;
+			float t = float(round % 2 ? from + share * (pow(q + 1, 4) - from) : from);
+			t = std::max(0.0f, __int_as_float(__float_as_int(t) + c.below(9) - 4));
+			if (!(t < peak)) t = 0;
+			g[i] = i % 128 == 77 ? peak : c.below(2) ? t : -t;
+		}
+		Buf<float> bg(g), scale(n / 128), coef(std::vector<float>{1});
+		Buf<bf16> p(std::vector<bf16>(n, 0)), v(std::vector<bf16>(n, 0));
+		Buf<short> rem(std::vector<short>(n, 0));
+		Buf<signed char> m(std::vector<signed char>(n, 0));
+		for (int i = 0; i < n / 128; i++) scale[i] = 0;
+		run(c, {p, rem, m, scale, v}, [&] {
+			emu::launch(d3(3), d3(256), 0, [&] { adamw_compact_gf32(p, rem, bg, m, scale, v, coef, n, 1, 0, 1, 0.5f, 0.5f, 1e-3f, 1, 1e-8f, first, key_a, key_b); });
+		});
+		for (int i = 0; i < n; i++) {
+			int q = code_of(std::abs(g[i]), random_of(first + i, key_a, key_b));
+			c.equal("code of " + std::to_string(g[i]), i, m[i], g[i] < 0 ? -q : q);
+		}
+		for (int i = 0; i < n / 128; i++) c.equal("scale", i, scale[i], peak);
+	}
+}
+
 TEST(add_gradient) {
 	for (int n : {1, 19, 3000}) {
 		auto src = normals<float>(c, n, 0.01);
