@@ -12,7 +12,7 @@
 
 namespace {
 
-const int kTokens = 4; // of a block of 128 threads
+const int kTokens = 4; // of a block of 128 threads; rotate counts to 4
 
 // cos and sin of 2π·pos·turns.
 TR_INLINE float2 angle(int pos, double turns) {
@@ -36,34 +36,53 @@ TR_INLINE void fill(float2 *cs, const int *pos, const double *turns, int first, 
 	}
 }
 
-// rotate turns chunks of 8 pairs of the block's tokens: by +angle, or -angle with sign -1.
-TR_INLINE void rotate(bf16 *out, const bf16 *in, const float2 *cs, int first, int t, int h, int kv, int hd, float sign) {
+// rotate turns chunks of 8 pairs of the block's tokens, by +angle or, with sign -1, by
+// -angle, and fills cs meanwhile: a thread's first kUnits chunks are under way before
+// positions and angles are waited for. At the 0.5b shape these are all it has.
+const int kUnits = 3;
+
+TR_INLINE void rotate(bf16 *out, const bf16 *in, float2 *cs, const int *pos, const double *turns, int first, int t, int h, int kv, int hd, float sign) {
 	int half = hd / 2, per_head = half / 8, turned = (h + kv) * per_head;
-	int copied = out == in ? 0 : kv * hd / 8, units = turned + copied;
+	int copied = out == in ? 0 : kv * hd / 8, units = turned + copied, all = imin(kTokens, t - first) * units;
 	long long width = static_cast<long long>(h + 2 * kv) * hd;
-	for (int i = threadIdx.x; i < kTokens * units; i += blockDim.x) {
-		int slot = i / units, u = i - slot * units;
-		if (first + slot >= t) break;
-		long long row = (first + slot) * width;
-		if (u >= turned) {
-			long long at = row + (h + kv) * hd + (u - turned) * 8;
-			*reinterpret_cast<uint4 *>(out + at) = *reinterpret_cast<const uint4 *>(in + at);
-			continue;
-		}
-		int head = u / per_head, chunk = u - head * per_head;
-		long long at = row + head * hd + chunk * 8;
-		const float2 *a = cs + slot * half + chunk * 8;
-		float x[8], y[8];
-		load8(x, in + at, 8, true);
-		load8(y, in + at + half, 8, true);
+	for (int from = threadIdx.x; from - static_cast<int>(threadIdx.x) < all; from += kUnits * blockDim.x) {
+		uint4 x[kUnits], y[kUnits];
+		long long at[kUnits];
+		int angle[kUnits]; // of the chunk's first pair; -1: copied
 #pragma unroll
-		for (int j = 0; j < 8; j++) {
-			float c = a[j].x, s = sign * a[j].y, p = x[j], q = y[j];
-			x[j] = p * c - q * s;
-			y[j] = q * c + p * s;
+		for (int k = 0; k < kUnits; k++) {
+			int i = from + k * blockDim.x;
+			if (i >= all) continue;
+			int slot = (i >= units) + (i >= 2 * units) + (i >= 3 * units), u = i - slot * units, head = u / per_head, chunk = u - head * per_head;
+			bool turns_it = u < turned;
+			at[k] = (first + slot) * width + (turns_it ? head * hd + chunk * 8 : (h + kv) * hd + (u - turned) * 8);
+			angle[k] = turns_it ? slot * half + chunk * 8 : -1;
+			x[k] = *reinterpret_cast<const uint4 *>(in + at[k]);
+			if (turns_it) y[k] = *reinterpret_cast<const uint4 *>(in + at[k] + half);
 		}
-		store8(out + at, x, 8, true);
-		store8(out + at + half, y, 8, true);
+		if (from == static_cast<int>(threadIdx.x)) {
+			fill(cs, pos, turns, first, t, half);
+			__syncthreads();
+		}
+#pragma unroll
+		for (int k = 0; k < kUnits; k++) {
+			if (from + k * static_cast<int>(blockDim.x) >= all) continue;
+			if (angle[k] >= 0) {
+				const float2 *a = cs + angle[k];
+				float p[8], q[8];
+				unpack8(p, x[k]);
+				unpack8(q, y[k]);
+#pragma unroll
+				for (int j = 0; j < 8; j++) {
+					float c = a[j].x, s = sign * a[j].y, r = p[j];
+					p[j] = r * c - q[j] * s;
+					q[j] = q[j] * c + r * s;
+				}
+				x[k] = pack8(p);
+				*reinterpret_cast<uint4 *>(out + at[k] + half) = pack8(q);
+			}
+			*reinterpret_cast<uint4 *>(out + at[k]) = x[k];
+		}
 	}
 }
 
@@ -73,12 +92,12 @@ extern "C" __global__ void __launch_bounds__(128) rope_bf16(bf16 *out, const bf1
                                                            float *rstd, int t, int h, int kv, int hd, float eps) {
 	TR_DYNAMIC(float2, cs); // [kTokens, hd/2]
 	int first = blockIdx.x * kTokens, half = hd / 2;
-	fill(cs, pos, turns, first, t, half);
-	__syncthreads();
 	if (!qw && half % 8 == 0 && aligned16(out) && aligned16(in)) {
-		rotate(out, in, cs, first, t, h, kv, hd, 1.0f);
+		rotate(out, in, cs, pos, turns, first, t, h, kv, hd, 1.0f);
 		return;
 	}
+	fill(cs, pos, turns, first, t, half);
+	__syncthreads();
 	int slot = threadIdx.x / 32, lane = threadIdx.x % 32, token = first + slot;
 	if (token >= t) return;
 	long long row = static_cast<long long>(token) * (h + 2 * kv) * hd;
@@ -120,12 +139,12 @@ extern "C" __global__ void __launch_bounds__(128)
 	__syncwarp();
 	for (int first = blockIdx.x * kTokens; first < t; first += parts * kTokens) {
 		__syncthreads();
-		fill(cs, pos, turns, first, t, half);
-		__syncthreads();
 		if (vec) {
-			rotate(d, d, cs, first, t, h, kv, hd, -1.0f);
+			rotate(d, d, cs, pos, turns, first, t, h, kv, hd, -1.0f);
 			continue;
 		}
+		fill(cs, pos, turns, first, t, half);
+		__syncthreads();
 		int token = first + slot;
 		if (token >= t) continue;
 		long long row = static_cast<long long>(token) * (h + 2 * kv) * hd;

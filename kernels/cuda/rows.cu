@@ -71,21 +71,24 @@ TR_INLINE float get(const bf16 *p) { return bf16_float(*p); }
 TR_INLINE void put(float *p, float x) { *p = x; }
 TR_INLINE void put(bf16 *p, float x) { *p = float_bf16(x); }
 
-// A block takes 32 columns. Its warp w adds parts w, w+8, ... of each, and the first
-// warp the eight sums in order: as many loads are under way as a few columns allow.
+// A block of kWarps warps takes 32 columns. Its warp w adds parts w, w+kWarps, ... of
+// each, and the first warp their sums in order: there are few blocks, and 528 parts are
+// 17 a warp, so that two or three latencies of L2 are all there is to wait for.
+const int kWarps = 32;
+
 template <class T>
 TR_INLINE void reduce_partials(T *out, const float *part, int parts, int n, int stride, int accumulate) {
-	TR_SHARED(float, sums, 8 * 32);
+	TR_SHARED(float, sums, kWarps * 32);
 	int lane = threadIdx.x % 32, warp = threadIdx.x / 32, j = blockIdx.x * 32 + lane;
 	float sum = 0;
 	if (j < n) {
-#pragma unroll 4
-		for (int p = warp; p < parts; p += 8) sum += part[static_cast<long long>(p) * stride + j];
+#pragma unroll 8
+		for (int p = warp; p < parts; p += kWarps) sum += part[static_cast<long long>(p) * stride + j];
 	}
 	sums[warp * 32 + lane] = sum;
 	__syncthreads();
 	if (warp > 0 || j >= n) return;
-	for (int i = 1; i < 8; i++) sum += sums[i * 32 + lane];
+	for (int i = 1; i < kWarps; i++) sum += sums[i * 32 + lane];
 	put(out + j, accumulate ? sum + get(out + j) : sum);
 }
 
@@ -115,6 +118,7 @@ extern "C" __global__ void __launch_bounds__(256) bias_backward_partial(float *p
 	bool vec = n % 8 == 0 && aligned16(dy);
 	float sum[8] = {0, 0, 0, 0, 0, 0, 0, 0}, x[8];
 	if (left > 0) {
+#pragma unroll 4
 		for (int r = from + threadIdx.y; r < to; r += 8) {
 			load8(x, dy + static_cast<long long>(r) * n + column, left, vec);
 #pragma unroll
@@ -131,9 +135,9 @@ extern "C" __global__ void __launch_bounds__(256) bias_backward_partial(float *p
 	part[static_cast<long long>(blockIdx.y) * n + at] = total;
 }
 
-extern "C" __global__ void __launch_bounds__(256) reduce_partials_f32(float *out, const float *part, int parts, int n, int stride, int accumulate) {
+extern "C" __global__ void __launch_bounds__(1024) reduce_partials_f32(float *out, const float *part, int parts, int n, int stride, int accumulate) {
 	reduce_partials(out, part, parts, n, stride, accumulate);
 }
-extern "C" __global__ void __launch_bounds__(256) reduce_partials_bf16(bf16 *out, const float *part, int parts, int n, int stride, int accumulate) {
+extern "C" __global__ void __launch_bounds__(1024) reduce_partials_bf16(bf16 *out, const float *part, int parts, int n, int stride, int accumulate) {
 	reduce_partials(out, part, parts, n, stride, accumulate);
 }

@@ -87,7 +87,7 @@ func (d *Device) reduce(c driver, out address, t kernels.DType, skip, parts, n, 
 	if t == kernels.F32 {
 		kernel = "reduce_partials_f32"
 	}
-	return c.launch(kernel, size2{ceil(n, 32), 1}, size2{256, 1}, 0, out, d.partials+address(4*skip), int32(parts), int32(n), int32(stride), flag32(accumulate))
+	return c.launch(kernel, size2{ceil(n, 32), 1}, size2{1024, 1}, 0, out, d.partials+address(4*skip), int32(parts), int32(n), int32(stride), flag32(accumulate))
 }
 
 // partialFloats is what the workspace of partial sums holds.
@@ -105,7 +105,7 @@ func (d *Device) BiasBackward(db, dy kernels.Buffer, m, n int, accumulate bool) 
 		}
 		return
 	}
-	parts := clamp(ceil(m, 64), 1, min(64, partialFloats/n))
+	parts := clamp(ceil(m, 64), 1, min(208, partialFloats/n)) // 8 blocks an SM at the 0.5b shape
 	d.enqueue(of(op, "M %d N %d", m, n), func(c driver) error {
 		if err := c.launch("bias_backward_partial", size2{ceil(n, 256), parts}, size2{32, 8}, 0, d.partials, from, int32(m), int32(n), int32(parts)); err != nil {
 			return err

@@ -49,7 +49,7 @@ TEST(rmsnorm) {
 			Buf<float> part(parts * d), dw(d);
 			run(c, {dx, part, dw}, [&] {
 				emu::launch(d3(parts), block, d <= 1024 ? 16 * d : 0, [&] { rmsnorm_backward_bf16(dx, part, more ? dx.p : bdy.p, bxs, bw, rstd, t, d, residual); });
-				emu::launch(d3(up(d, 32)), d3(256), 0, [&] { reduce_partials_f32(dw, part, parts, d, d, 0); });
+				emu::launch(d3(up(d, 32)), d3(1024), 0, [&] { reduce_partials_f32(dw, part, parts, d, d, 0); });
 			});
 			std::vector<double> want_dw(d), mag_dw(d);
 			for (int i = 0; i < t; i++) {
@@ -106,8 +106,8 @@ TEST(rope) {
 					rope_backward_bf16(d, norm ? bin.p : nullptr, bpos, bturns, norm ? bqw.p : nullptr, bkw, rstd, part, s.t, s.h, s.kv, s.hd, parts);
 				});
 				if (norm) {
-					emu::launch(d3(up(s.hd, 32)), d3(256), 0, [&] { reduce_partials_f32(dqw, part, parts, s.hd, 2 * s.hd, 0); });
-					emu::launch(d3(up(s.hd, 32)), d3(256), 0, [&] { reduce_partials_f32(dkw, part + s.hd, parts, s.hd, 2 * s.hd, 0); });
+					emu::launch(d3(up(s.hd, 32)), d3(1024), 0, [&] { reduce_partials_f32(dqw, part, parts, s.hd, 2 * s.hd, 0); });
+					emu::launch(d3(up(s.hd, 32)), d3(1024), 0, [&] { reduce_partials_f32(dkw, part + s.hd, parts, s.hd, 2 * s.hd, 0); });
 				}
 			});
 			std::vector<double> want_dw(2 * s.hd), mag_dw(2 * s.hd);

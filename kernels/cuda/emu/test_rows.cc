@@ -77,8 +77,8 @@ TEST(bias_backward) {
 		Buf<bf16> db16(before16), x(dy);
 		run(c, {part, db, db16}, [&] {
 			emu::launch(d3(up(n, 256), parts), d3(32, 8), 0, [&] { bias_backward_partial(part, x, m, n, parts); });
-			emu::launch(d3(up(n, 32)), d3(256), 0, [&] { reduce_partials_f32(db, part, parts, n, n, 1); });
-			emu::launch(d3(up(n, 32)), d3(256), 0, [&] { reduce_partials_bf16(db16, part, parts, n, n, 0); });
+			emu::launch(d3(up(n, 32)), d3(1024), 0, [&] { reduce_partials_f32(db, part, parts, n, n, 1); });
+			emu::launch(d3(up(n, 32)), d3(1024), 0, [&] { reduce_partials_bf16(db16, part, parts, n, n, 0); });
 		});
 		for (int j = 0; j < n; j++) {
 			double sum = 0, mag = 0;
