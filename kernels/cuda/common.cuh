@@ -70,6 +70,28 @@ __device__ __forceinline__ void cp_async4(void *dst, const void *src, bool valid
 	asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(d), "l"(src), "r"(bytes) : "memory");
 }
 __device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+// sm_90 only. Blocks of a cluster run at the same time on neighbouring SMs. Every thread
+// of a cluster arrives, and what was written before is seen by all who then wait; between
+// the two a thread may do what others need not see. A block must not end while its
+// shared memory may be read.
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+__device__ __forceinline__ int cluster_rank() {
+	int r;
+	asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(r));
+	return r;
+}
+__device__ __forceinline__ void cluster_arrive() { asm volatile("barrier.cluster.arrive.release;" ::: "memory"); }
+__device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire;" ::: "memory"); }
+// What another block of the cluster has at the place of this block's shared memory.
+__device__ __forceinline__ float cluster_load(const float *mine, int rank) {
+	unsigned a = static_cast<unsigned>(__cvta_generic_to_shared(mine)), other;
+	float x;
+	asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(other) : "r"(a), "r"(rank));
+	asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(x) : "r"(other) : "memory");
+	return x;
+}
+#endif
 // Waits until at most n of this thread's groups are under way.
 template <int n>
 __device__ __forceinline__ void cp_async_wait() {

@@ -54,6 +54,7 @@ func (r *recorder) upload(dst address, src []byte) error   { return nil }
 func (r *recorder) mark(int) error                         { return nil }
 func (r *recorder) wait(int) error                         { return nil }
 func (r *recorder) sync() error                            { return nil }
+func (r *recorder) has(string) bool                        { return true }
 func (r *recorder) lost(err error) bool                    { return r.gone != nil && errors.Is(err, r.gone) }
 func (r *recorder) close() error                           { return nil }
 func (r *recorder) download(dst []byte, src address) error {
@@ -106,7 +107,7 @@ func signatures(t *testing.T) map[string]signature {
 	if err != nil {
 		t.Fatal(err)
 	}
-	re := regexp.MustCompile(`extern "C" __global__ void\s+(?:__launch_bounds__\((\d+)[^)]*\)\s*(?://.*\n\s*)?)?(\w+)\(([^)]*)\)`)
+	re := regexp.MustCompile(`extern "C" (?:__cluster_dims__\(8, 1, 1\) )?__global__ void\s+(?:__launch_bounds__\((\d+)[^)]*\)\s*(?://.*\n\s*)?)?(\w+)\(([^)]*)\)`)
 	for _, f := range files {
 		if !strings.HasSuffix(f.Name(), ".cu") {
 			continue
@@ -199,9 +200,11 @@ func everything(t *testing.T, d kernels.Device, a kernels.Arena) {
 	}
 	d.SwiGLU(bf(40), bf(80), 4, 10)
 	d.SwiGLUBackward(bf(80), bf(40), bf(80), 4, 10)
-	head := kernels.Head{Hidden: bf(9 * 16), W: bf(50 * 16), Targets: buffer(kernels.I32, 9), LogProb: f32(9), Entropy: f32(9), N: 9, D: 16, V: 50, Temperature: 1, Scratch: a}
-	d.LogProb(head)
-	d.LogProbBackward(head, kernels.HeadGrad{Surrogate: &kernels.Surrogate{}, Tokens: kernels.SurrogateTokens{Adv: f32(9), Weight: f32(9)}, DHidden: bf(9 * 16), DW: f32(50 * 16)})
+	for _, v := range []int{50, clusterFrom + 1} {
+		head := kernels.Head{Hidden: bf(9 * 16), W: bf(v * 16), Targets: buffer(kernels.I32, 9), LogProb: f32(9), Entropy: f32(9), N: 9, D: 16, V: v, Temperature: 1, Scratch: a}
+		d.LogProb(head)
+		d.LogProbBackward(head, kernels.HeadGrad{Surrogate: &kernels.Surrogate{}, Tokens: kernels.SurrogateTokens{Adv: f32(9), Weight: f32(9)}, DHidden: bf(9 * 16), DW: f32(v * 16)})
+	}
 	d.Sample(kernels.Draw{Hidden: bf(9 * 16), W: bf(50 * 16), U: f32(9), Tokens: buffer(kernels.I32, 9), LogProb: f32(9), N: 9, D: 16, V: 50, Temperature: 1, TopP: 0.9, Scratch: a})
 	d.Advantages(kernels.Advantages{Out: make([]float64, 7), R: make([]float64, 7), Start: []int32{0, 7}})
 	d.SumSquares(f32(1), f32(100))

@@ -27,6 +27,8 @@ type driver interface {
 	register(host []byte) error
 	unregister(host []byte) error
 
+	// has says whether there is code of a kernel for this card.
+	has(kernel string) bool
 	// launch runs a kernel; args are address, int32, int64 or float32, in the kernel's order.
 	launch(kernel string, grid, block size2, shared int, args ...any) error
 	// product computes by one of the library's algorithms. An error that wraps

@@ -72,6 +72,7 @@ type card struct {
 	events  map[int]cu.Event
 	modules []cu.Module
 	kernels map[string]*kernel
+	lacks   map[string]bool // kernels that were looked for and are for newer cards
 	pins    []unsafe.Pointer
 	blas    *blas
 	driver  int       // its version
@@ -90,7 +91,7 @@ const defaultShared = 48 << 10
 
 // openCard runs on the thread that will own the context.
 func openCard(f found, dev cu.Device) (_ driver, err error) {
-	c := &card{events: map[int]cu.Event{}, kernels: map[string]*kernel{}, driver: f.driver, buf: make([]byte, 0, 512)}
+	c := &card{events: map[int]cu.Event{}, kernels: map[string]*kernel{}, lacks: map[string]bool{}, driver: f.driver, buf: make([]byte, 0, 512)}
 	if c.context, err = dev.MakeContext(cu.SchedAuto); err != nil {
 		if errors.Is(err, cu.OutOfMemory) {
 			return nil, fault.New(fault.TooLarge, "out_of_memory", "open cuda:%d: no memory for a context on %s: another process holds it", f.index, f.model)
@@ -150,6 +151,15 @@ func (c *card) kernel(name string) (*kernel, error) {
 		}
 	}
 	return nil, fmt.Errorf("no kernel %s in the fatbins", name)
+}
+
+func (c *card) has(name string) bool {
+	if _, known := c.kernels[name]; known || c.lacks[name] {
+		return known
+	}
+	_, err := c.kernel(name)
+	c.lacks[name] = err != nil
+	return err == nil
 }
 
 func (c *card) raw() C.CUstream { return *(*C.CUstream)(unsafe.Pointer(&c.stream)) }

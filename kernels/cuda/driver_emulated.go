@@ -9,6 +9,7 @@ typedef int (*launch_fn)(const char *, unsigned, unsigned, unsigned, unsigned, u
 static int launch(void *f, const char *name, unsigned gx, unsigned gy, unsigned bx, unsigned by, unsigned shared, const void *args, size_t size) {
 	return ((launch_fn)f)(name, gx, gy, bx, by, shared, args, size);
 }
+static int has(void *f, const char *name) { return ((int (*)(const char *))f)(name); }
 static unsigned long long ticks(void *f) { return ((unsigned long long (*)(void))f)(); }
 */
 import "C"
@@ -33,6 +34,10 @@ func OpenEmulated(folder string, o Options) (*Device, error) {
 		if err != nil {
 			return nil, err
 		}
+		has, err := symbol(filepath.Join(folder, "libemulated.so"), "emulated_has")
+		if err != nil {
+			return nil, err
+		}
 		standin := filepath.Join(folder, "libcublasLt.so.13")
 		clock, err := symbol(standin, "standin_clock")
 		if err != nil {
@@ -42,7 +47,7 @@ func OpenEmulated(folder string, o Options) (*Device, error) {
 		if err != nil {
 			return nil, err
 		}
-		return &emulated{launchFn: launch, clockFn: clock, blas: b, maps: map[address]allocation{}, registered: map[*byte]int{}}, nil
+		return &emulated{launchFn: launch, hasFn: has, clockFn: clock, blas: b, maps: map[address]allocation{}, registered: map[*byte]int{}}, nil
 	})
 }
 
@@ -77,12 +82,12 @@ var errBroken = errors.New("an illegal memory access was encountered")
 
 // emulated is a driver that does everything at once.
 type emulated struct {
-	broken            error // what every call gives once it is set
-	launchFn, clockFn unsafe.Pointer
-	blas              *blas
-	maps              map[address]allocation
-	registered        map[*byte]int // bytes
-	used              int64
+	broken                   error // what every call gives once it is set
+	launchFn, hasFn, clockFn unsafe.Pointer
+	blas                     *blas
+	maps                     map[address]allocation
+	registered               map[*byte]int // bytes
+	used                     int64
 }
 
 // allocation is a mapping and the bytes of it that were asked for.
@@ -171,6 +176,12 @@ func (e *emulated) unregister(host []byte) error {
 	}
 	delete(e.registered, first)
 	return nil
+}
+
+func (e *emulated) has(kernel string) bool {
+	name := C.CString(kernel)
+	defer C.free(unsafe.Pointer(name))
+	return C.has(e.hasFn, name) != 0
 }
 
 func (e *emulated) launch(kernel string, grid, block size2, shared int, args ...any) error {

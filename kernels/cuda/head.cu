@@ -10,10 +10,13 @@
 // the left with a barrier between reading and writing a block, and block b of the
 // gradient covers only logits of blocks <= b/2.
 //
-// One block of 1,024 threads a row. Bytes an element: 4 for the statistics, then 4
-// (from L2 in part: 600 KB a row) + 2. 8,192 rows × 151,936 at 3.0 TB/s: 12.4 GB,
-// 4.1 ms, of which the floor without the second read is 7.5 GB, 2.5 ms. FLOPs:
-// about 12 an element forward and backward, far below.
+// head_rows_cluster keeps the row: a cluster of 8 blocks on 8 SMs holds it in shared
+// memory (76 KB a block of V = 151,936; two blocks an SM, three where it gives all of
+// its 228 KB) and exchanges the statistics of its parts. 4 + 2 bytes an element: 8,192 rows × 151,936 at 3.0 TB/s are 7.5 GB,
+// 2.5 ms. head_rows, for cards without clusters and for rows of which those under way
+// fit into L2, takes a block of 1,024 threads a row and reads it twice: the two rows
+// of each SM are 160 MB in flight, far more than L2, so 4 + 4 + 2 bytes, 12.4 GB,
+// 4.1 ms. FLOPs: about 12 an element forward and backward, far below.
 #include "common.cuh"
 
 namespace {
@@ -34,10 +37,11 @@ TR_INLINE Stat merge(Stat a, Stat b) {
 	return r;
 }
 
-TR_INLINE void add8(Stat &s, const float (&z)[8], float scale2) {
+template <int n>
+TR_INLINE void add(Stat &s, const float (&z)[n], float scale2) {
 	float top = z[0];
 #pragma unroll
-	for (int j = 1; j < 8; j++) top = fmaxf(top, z[j]);
+	for (int j = 1; j < n; j++) top = fmaxf(top, z[j]);
 	top *= scale2;
 	if (top > s.top) {
 		if (s.top == negative_infinity()) {
@@ -51,11 +55,35 @@ TR_INLINE void add8(Stat &s, const float (&z)[8], float scale2) {
 	}
 	float base = s.top == negative_infinity() ? 0.0f : s.top;
 #pragma unroll
-	for (int j = 0; j < 8; j++) {
+	for (int j = 0; j < n; j++) {
 		float d = fmaf(z[j], scale2, -base), e = fast_exp2(d);
 		s.sum += e;
 		s.weighted += e == 0.0f ? 0.0f : e * d;
 	}
+}
+
+// Down `lanes` lanes of a warp, and for a block down the lanes, then down its warps:
+// only lane 0's (thread 0's) result is used, as merge need not give the same bits when
+// its arguments are swapped.
+TR_INLINE Stat warp_stat(Stat s, int lanes) {
+#pragma unroll
+	for (int m = lanes / 2; m; m >>= 1) {
+		Stat o = {__shfl_xor_sync(kAllLanes, s.top, m), __shfl_xor_sync(kAllLanes, s.sum, m), __shfl_xor_sync(kAllLanes, s.weighted, m)};
+		s = merge(s, o);
+	}
+	return s;
+}
+template <int warps>
+TR_INLINE Stat block_stat(Stat s) {
+	TR_SHARED(float, stats, 3 * warps);
+	int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+	s = warp_stat(s, 32);
+	if (lane == 0) stats[warp] = s.top, stats[warps + warp] = s.sum, stats[2 * warps + warp] = s.weighted;
+	__syncthreads();
+	if (warp > 0) return s;
+	lane = imin(lane, warps - 1);
+	Stat w = {stats[lane], stats[warps + lane], stats[2 * warps + lane]};
+	return warp_stat(w, warps);
 }
 
 TR_INLINE float exp32(float x) { return static_cast<float>(exp(static_cast<double>(x))); }
@@ -102,17 +130,59 @@ TR_INLINE void token(const Surrogate &s, float logp, float old, float ref, float
 	dlogp *= weight;
 }
 
+// Row is what the kernels take of a row but its logits: pointers to its element, or null.
+struct Row {
+	const int *target;
+	float *logp, *entropy;
+	const float *old, *ref, *adv, *weight, *tis, *dlogp, *dentropy;
+	float *loss;
+	int *bad, index, mode;
+};
+
+// Slope gives a logit's gradient: p·(a + b·log p), with log p in powers of 2, and `extra` more at the target.
+struct Slope {
+	float lse2, a, b, extra;
+	int target; // -1: all are 0
+
+	TR_INLINE_MEMBER float of(float z, int j, float scale2) const {
+		float y = fmaf(z, scale2, -lse2), p = fast_exp2(y), d = p == 0.0f ? 0.0f : p * (a + b * y);
+		return j == target ? d + extra : d;
+	}
+};
+
+// finish is for one thread: the row's results, written where `writes`, and its slope. z is the target's logit.
+TR_INLINE Slope finish(const Row &r, const Surrogate &x, Stat s, float z, bool inside, float scale, bool writes) {
+	if (!inside && r.bad && writes) atomicMin(r.bad, r.index);
+	double sum = s.sum, log_sum = log(sum), top = static_cast<double>(s.top) * kLn2;
+	float lp = inside ? static_cast<float>(static_cast<double>(scale) * z - top - log_sum) : 0.0f;
+	float h = static_cast<float>(log_sum - kLn2 * s.weighted / sum);
+	float l = 0, dl = 0, dh = 0;
+	if (inside && r.mode == 1) {
+		token(x, lp, r.old ? *r.old : lp, r.ref ? *r.ref : 0.0f, r.adv ? *r.adv : 0.0f, *r.weight, r.tis ? *r.tis : 1.0f, h, l, dl, dh);
+	} else if (inside && r.mode == 2) {
+		dl = *r.dlogp, dh = r.dentropy ? *r.dentropy : 0.0f;
+	}
+	if (writes) {
+		*r.logp = lp;
+		if (r.entropy) *r.entropy = h;
+		if (r.loss) *r.loss = l;
+	}
+	bool none = dl == 0.0f && dh == 0.0f;
+	Slope g = {static_cast<float>(s.top + log_sum / kLn2), -scale * (dl + dh * h), -scale * dh * static_cast<float>(kLn2), scale * dl, none ? -1 : *r.target};
+	return g;
+}
+
+
 } // namespace
 
-extern "C" __global__ void __launch_bounds__(1024)
+extern "C" __global__ void __launch_bounds__(1024, 2)
 	head_rows(float *logits, long long ld, int n, int v, const int *target, float scale, float *logp, float *entropy, int mode, const float *old, const float *ref,
               const float *adv, const float *weight, const float *tis, const float *dlogp, const float *dentropy, int kind, float eps_low, float eps_high, float delta,
               float ratio_cap, float beta, float entropy_coef, float *loss, int *bad) {
-	TR_SHARED(float, stats, 3 * 32);
-	TR_SHARED(float, shared, 3); // lse in powers of 2, and the gradient's two coefficients
-	int row = blockIdx.x, lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+	TR_SHARED(Slope, shared, 1);
+	int row = blockIdx.x, t = target[row];
 	float *z = logits + row * ld, scale2 = scale * kLog2e;
-	bool aligned = ld % 4 == 0 && aligned16(logits);
+	bool aligned = ld % 4 == 0 && aligned16(logits), inside = t >= 0 && t < v;
 
 	Stat s = {negative_infinity(), 0.0f, 0.0f};
 	for (int i = threadIdx.x * 8; i < v; i += 8192) {
@@ -123,64 +193,101 @@ extern "C" __global__ void __launch_bounds__(1024)
 #pragma unroll
 			for (int j = 0; j < 8; j++) x[j] = i + j < v ? z[i + j] : negative_infinity();
 		}
-		add8(s, x, scale2);
+		add(s, x, scale2);
 	}
-	// Down the lanes, then down the warps: only lane 0's result is used, as merge
-	// need not give the same bits when its arguments are swapped.
-#pragma unroll
-	for (int m = 16; m; m >>= 1) {
-		Stat o = {__shfl_xor_sync(kAllLanes, s.top, m), __shfl_xor_sync(kAllLanes, s.sum, m), __shfl_xor_sync(kAllLanes, s.weighted, m)};
-		s = merge(s, o);
-	}
-	if (lane == 0) stats[warp] = s.top, stats[32 + warp] = s.sum, stats[64 + warp] = s.weighted;
-	__syncthreads();
+	s = block_stat<32>(s);
 	if (threadIdx.x == 0) {
-		for (int i = 1; i < 32; i++) {
-			Stat o = {stats[i], stats[32 + i], stats[64 + i]};
-			s = merge(s, o);
-		}
-		int t = target[row];
-		bool inside = t >= 0 && t < v;
-		if (!inside && bad) atomicMin(bad, row);
-		double sum = s.sum, log_sum = log(sum), top = static_cast<double>(s.top) * kLn2;
-		float lp = inside ? static_cast<float>(static_cast<double>(scale) * z[t] - top - log_sum) : 0.0f;
-		float h = static_cast<float>(log_sum - kLn2 * s.weighted / sum);
-		logp[row] = lp;
-		if (entropy) entropy[row] = h;
-		float l = 0, dl = 0, dh = 0;
-		if (inside && mode == 1) {
-			Surrogate x = {kind, eps_low, eps_high, delta, ratio_cap, beta, entropy_coef};
-			token(x, lp, old ? old[row] : lp, ref ? ref[row] : 0.0f, adv ? adv[row] : 0.0f, weight[row], tis ? tis[row] : 1.0f, h, l, dl, dh);
-		} else if (inside && mode == 2) {
-			dl = dlogp[row], dh = dentropy ? dentropy[row] : 0.0f;
-		}
-		if (loss) loss[row] = l;
-		// dz = p·(a + b·log p), with log p in powers of 2, and scale·dl more at the target.
-		shared[0] = static_cast<float>(s.top + log_sum / kLn2);
-		shared[1] = dl, shared[2] = dh;
-		stats[0] = -scale * (dl + dh * h);
+		Row r = {target + row, logp + row, entropy ? entropy + row : nullptr, old ? old + row : nullptr, ref ? ref + row : nullptr, adv ? adv + row : nullptr,
+		         weight ? weight + row : nullptr, tis ? tis + row : nullptr, dlogp ? dlogp + row : nullptr, dentropy ? dentropy + row : nullptr, loss ? loss + row : nullptr, bad, row, mode};
+		Surrogate x = {kind, eps_low, eps_high, delta, ratio_cap, beta, entropy_coef};
+		shared[0] = finish(r, x, s, inside ? z[t] : 0.0f, inside, scale, true);
 	}
 	if (mode == 0) return;
 	__syncthreads();
-	float lse2 = shared[0], dl = shared[1], dh = shared[2], a = stats[0], b = -scale * dh * static_cast<float>(kLn2);
-	bool none = dl == 0.0f && dh == 0.0f;
-	int t = target[row];
+	Slope g = shared[0];
 	bf16 *dz = reinterpret_cast<bf16 *>(z);
 	for (int first = 0; first < v; first += 8192) {
 		int i = first + threadIdx.x * 8, left = v - i;
 		float x[8];
 #pragma unroll
 		for (int j = 0; j < 8; j++) x[j] = 0.0f;
-		if (left > 0 && !none) {
+		if (left > 0 && g.target >= 0) {
 			load8(x, z + i, left, aligned && left >= 8);
 #pragma unroll
-			for (int j = 0; j < 8; j++) {
-				float y = fmaf(x[j], scale2, -lse2), p = fast_exp2(y);
-				x[j] = p == 0.0f ? 0.0f : p * (a + b * y);
-				if (i + j == t) x[j] += scale * dl;
-			}
+			for (int j = 0; j < 8; j++) x[j] = g.of(x[j], i + j, scale2);
 		}
 		__syncthreads();
 		if (left > 0) store8(dz + i, x, left, aligned && left >= 8);
 	}
 }
+
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+namespace {
+const int kParts = 8, kPartThreads = 512; // a cluster's blocks, a block's threads
+}
+
+// A cluster of kParts blocks a row. ld is a multiple of 4 and logits is 16-byte aligned.
+extern "C" __cluster_dims__(8, 1, 1) __global__ void __launch_bounds__(512, 2)
+	head_rows_cluster(float *logits, long long ld, int n, int v, const int *target, float scale, float *logp, float *entropy, int mode, const float *old, const float *ref,
+                      const float *adv, const float *weight, const float *tis, const float *dlogp, const float *dentropy, int kind, float eps_low, float eps_high, float delta,
+                      float ratio_cap, float beta, float entropy_coef, float *loss, int *bad) {
+	TR_DYNAMIC(float4, kept); // this block's part of the row
+	TR_SHARED(float, mine, 3); // its Stat
+	TR_SHARED(Slope, shared, 1);
+	int row = blockIdx.x / kParts, rank = cluster_rank(), t = target[row];
+	int part = ((v + 7) / 8 + kParts - 1) / kParts * 8, from = rank * part, count = imin(imax(v - from, 0), part), units = (count + 3) / 4;
+	float *z = logits + row * ld, scale2 = scale * kLog2e;
+	bool inside = t >= 0 && t < v;
+
+	for (int i = threadIdx.x; i < units; i += kPartThreads) cp_async16(kept + i, z + from + i * 4, true);
+	cp_async_commit();
+	// Read before the barrier: gradients take the place of logits behind it.
+	float at_target = threadIdx.x == 0 && inside ? z[t] : 0.0f;
+	cp_async_wait<0>(); // a thread reads what it copied itself
+	Stat s = {negative_infinity(), 0.0f, 0.0f};
+	for (int i = threadIdx.x; i < units; i += kPartThreads) {
+		float4 y = kept[i];
+		float x[4] = {y.x, y.y, y.z, y.w};
+#pragma unroll
+		for (int j = 1; j < 4; j++) x[j] = i * 4 + j < count ? x[j] : negative_infinity();
+		add(s, x, scale2);
+	}
+	s = block_stat<kPartThreads / 32>(s);
+	if (threadIdx.x == 0) mine[0] = s.top, mine[1] = s.sum, mine[2] = s.weighted;
+	cluster_arrive();
+	cluster_wait();
+	// Every block merges the parts in the same order.
+	if (threadIdx.x < 32) {
+		int from_rank = imin(threadIdx.x, kParts - 1);
+		s.top = cluster_load(mine, from_rank), s.sum = cluster_load(mine + 1, from_rank), s.weighted = cluster_load(mine + 2, from_rank);
+		s = warp_stat(s, kParts);
+	}
+	cluster_arrive();
+	if (threadIdx.x == 0) {
+		Row r = {target + row, logp + row, entropy ? entropy + row : nullptr, old ? old + row : nullptr, ref ? ref + row : nullptr, adv ? adv + row : nullptr,
+		         weight ? weight + row : nullptr, tis ? tis + row : nullptr, dlogp ? dlogp + row : nullptr, dentropy ? dentropy + row : nullptr, loss ? loss + row : nullptr, bad, row, mode};
+		Surrogate x = {kind, eps_low, eps_high, delta, ratio_cap, beta, entropy_coef};
+		shared[0] = finish(r, x, s, at_target, inside, scale, rank == 0);
+	}
+	if (mode != 0) {
+		__syncthreads();
+		Slope g = shared[0];
+		bf16 *dz = reinterpret_cast<bf16 *>(z) + from;
+		for (int i = threadIdx.x; i < units; i += kPartThreads) {
+			float4 y = kept[i];
+			float x[4] = {y.x, y.y, y.z, y.w};
+#pragma unroll
+			for (int j = 0; j < 4; j++) x[j] = g.target < 0 ? 0.0f : g.of(x[j], from + i * 4 + j, scale2);
+			if (i * 4 + 4 <= count) {
+				uint2 packed = {pack_bf16(x[0], x[1]), pack_bf16(x[2], x[3])};
+				*reinterpret_cast<uint2 *>(dz + i * 4) = packed;
+			} else {
+#pragma unroll
+				for (int j = 0; j < 3; j++)
+					if (i * 4 + j < count) dz[i * 4 + j] = float_bf16(x[j]);
+			}
+		}
+	}
+	cluster_wait(); // the others have read `mine`
+}
+#endif

@@ -42,6 +42,24 @@ func (d *Device) LogProbBackward(h kernels.Head, g kernels.HeadGrad) {
 	d.head("log-prob backward", h, &g)
 }
 
+const (
+	clusterParts = 8
+	// A row of fewer logits is in L2 when it is read again, with all that are under way.
+	clusterFrom = 16384
+	// clusterShared bounds the part of a row that a block keeps: V of 327,680.
+	clusterShared = 160 << 10
+)
+
+// headLaunch chooses between head_rows and head_rows_cluster, which keeps a row on
+// chip, by the width and the card alone: log-probs have the same bits in all modes.
+func headLaunch(c driver, n, v int) (kernel string, grid, block size2, shared int) {
+	shared = 4 * 8 * ceil(ceil(v, 8), clusterParts)
+	if v <= clusterFrom || shared > clusterShared || !c.has("head_rows_cluster") {
+		return "head_rows", size2{n, 1}, size2{1024, 1}, 0
+	}
+	return "head_rows_cluster", size2{n * clusterParts, 1}, size2{512, 1}, shared
+}
+
 // Modes of head_rows.
 const (
 	modeForward int32 = iota
@@ -127,7 +145,8 @@ func (d *Device) head(op string, h kernels.Head, g *kernels.HeadGrad) {
 			if err := d.gemm(c, z); err != nil {
 				return err
 			}
-			err := c.launch("head_rows", size2{m, 1}, size2{1024, 1}, 0, logits, int64(ld), int32(m), int32(v), skip(targets, from, 4), scale,
+			kernel, grid, block, shared := headLaunch(c, m, v)
+			err := c.launch(kernel, grid, block, shared, logits, int64(ld), int32(m), int32(v), skip(targets, from, 4), scale,
 				skip(logProb, from, 4), skip(entropy, from, 4), r.mode, r.old, r.ref, r.adv, r.weight, r.tis, r.dLogProb, r.dEntropy,
 				int32(r.s.Kind), r.s.EpsLow, r.s.EpsHigh, r.s.Delta, r.s.RatioCap, r.s.Beta, r.s.EntropyCoef, address(0), d.flag(flagTarget))
 			if err != nil || g == nil {

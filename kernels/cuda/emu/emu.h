@@ -1,5 +1,5 @@
 // A CPU emulator of the part of CUDA that the kernels use, so that the same
-// sources run without a GPU: one fiber per thread of a block, blocks one after the
+// sources run without a GPU: one fiber per thread of a block or cluster, these one after the
 // other. Fibers switch only at barriers and warp operations, in an order that the
 // caller picks; a race between barriers shows as results that differ by order.
 //
@@ -21,6 +21,7 @@
 #define __host__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
+#define __cluster_dims__(...)
 #define __align__(n) alignas(n)
 
 struct alignas(16) uint4 { unsigned x, y, z, w; };
@@ -42,8 +43,14 @@ extern dim3 thread_idx, block_idx, block_dim, grid_dim;
 enum Order { kForward, kReverse, kShuffled };
 extern Order order;
 
-void launch(dim3 grid, dim3 block, size_t smem, const std::function<void()> &kernel);
+// Blocks of a cluster are neighbours in x and run together.
+void launch(dim3 grid, dim3 block, size_t smem, const std::function<void()> &kernel, unsigned cluster = 1);
 void barrier(const char *file, int line);
+void cluster_arrive();
+void cluster_wait();
+int cluster_rank();
+// The place of this block's static shared memory in another block of the cluster.
+const void *cluster_shared(const void *mine, int rank);
 // exchange gives the data (at most 64 bytes) of all 32 lanes of the warp, 64 bytes apart.
 const unsigned char *exchange(const void *mine, size_t bytes, int line);
 void *block_shared(const void *key, size_t bytes);
@@ -213,6 +220,10 @@ static inline void mma16816(float (&c)[4], const unsigned (&a)[4], unsigned b0, 
 }
 static inline void cp_async16(void *dst, const void *src, bool valid) { emu::copy_async(dst, src, 16, valid); }
 static inline void cp_async4(void *dst, const void *src, bool valid) { emu::copy_async(dst, src, 4, valid); }
+static inline int cluster_rank() { return emu::cluster_rank(); }
+static inline void cluster_arrive() { emu::cluster_arrive(); }
+static inline void cluster_wait() { emu::cluster_wait(); }
+static inline float cluster_load(const float *mine, int rank) { return *static_cast<const float *>(emu::cluster_shared(mine, rank)); }
 static inline void cp_async_commit() { emu::copy_commit(); }
 template <int n>
 static inline void cp_async_wait() { emu::copy_wait(n); }

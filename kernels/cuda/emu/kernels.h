@@ -55,9 +55,12 @@ void attention_dq_128(DQ);
 void attention_dq_simple(DQ, int hd);
 #undef DQ
 
-void head_rows(float *logits, i64 ld, int n, int v, const int *target, float scale, float *logp, float *entropy, int mode, const float *old, const float *ref, const float *adv,
-               const float *weight, const float *tis, const float *dlogp, const float *dentropy, int kind, float epsLow, float epsHigh, float delta, float ratioCap, float beta,
-               float entropyCoef, float *loss, int *bad);
+#define HEAD float *logits, i64 ld, int n, int v, const int *target, float scale, float *logp, float *entropy, int mode, const float *old, const float *ref, const float *adv, \
+	const float *weight, const float *tis, const float *dlogp, const float *dentropy, int kind, float epsLow, float epsHigh, float delta, float ratioCap, float beta, float entropyCoef, \
+	float *loss, int *bad
+void head_rows(HEAD);
+void head_rows_cluster(HEAD);
+#undef HEAD
 void sample_rows(int *token, float *logp, float *logits, i64 ld, const float *u, int n, int v, float temperature, float topP);
 
 void sum_squares_partial_bf16(double *part, const bf16 *x, i64 n);
@@ -74,3 +77,6 @@ void adamw_compact_gbf16(bf16 *p, short *rem, const bf16 *g, signed char *m, flo
 void add_gradient(bf16 *dst, const float *src, i64 n, i64 first, int keyA, int keyB);
 void group_advantages(double *out, const double *r, const int *start, int groups, int std);
 }
+
+// The blocks of a kernel's cluster (__cluster_dims__).
+inline unsigned cluster_blocks(const char *kernel) { return __builtin_strcmp(kernel, "head_rows_cluster") ? 1 : 8; }

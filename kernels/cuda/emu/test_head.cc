@@ -66,9 +66,19 @@ Row reference(const float *z, int v, int target, double scale) {
 	return r;
 }
 
+// launch_head runs head_rows, or head_rows_cluster, on n rows of v.
+template <class... A>
+void launch_head(bool cluster, int n, int v, A... a) {
+	if (cluster) emu::launch(d3(n * 8), d3(512), up(up(v, 8), 8) * 8 * sizeof(float), [&] { head_rows_cluster(a...); }, cluster_blocks("head_rows_cluster"));
+	else emu::launch(d3(n), d3(1024), 0, [&] { head_rows(a...); });
+}
+// The cluster's kernel wants vectors.
+bool can_cluster(const float *logits, int ld) { return (reinterpret_cast<uintptr_t>(logits) & 15) == 0 && ld % 4 == 0; }
+
 } // namespace
 
 TEST(head) {
+	for (bool cluster : {false, true})
 	for (HeadShape s : {HeadShape{1, 1, 8, 1, 1}, {3, 2, 2, 0.7, 1}, {6, 300, 304, 1, 2}, {5, 4099, 4104, 0.6, 80}, {4, 9000, 9000, 1.3, 14}, {3, 20001, 20003, 1, 3}, {4, 16384, 16384, 1, 1}}) {
 		std::vector<float> z(s.n * s.ld, NAN); // the padding must not matter
 		std::vector<int> target(s.n);
@@ -86,13 +96,11 @@ TEST(head) {
 			for (int j = 0; j < s.v; j++) z[2 * s.ld + j] = NAN; // a row without gradient
 		Buf<float> logits(z), untouched(z), logp(s.n), entropy(s.n), logp0(s.n), entropy0(s.n), bdlp(dlp), bdent(dent);
 		Buf<int> tg(target);
+		if (cluster && !can_cluster(logits, s.ld)) continue;
+		const float *none = nullptr;
 		run(c, {logits, untouched, logp, entropy, logp0, entropy0}, [&] {
-			emu::launch(d3(s.n), d3(1024), 0, [&] {
-				head_rows(untouched, s.ld, s.n, s.v, tg, float(scale), logp0, entropy0, 0, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr, 0, 0, 0, 0, 0, 0, 0, nullptr, nullptr);
-			});
-			emu::launch(d3(s.n), d3(1024), 0, [&] {
-				head_rows(logits, s.ld, s.n, s.v, tg, float(scale), logp, entropy, 2, nullptr, nullptr, nullptr, nullptr, nullptr, bdlp, bdent, 0, 0, 0, 0, 0, 0, 0, nullptr, nullptr);
-			});
+			launch_head(cluster, s.n, s.v, untouched.p, s.ld, s.n, s.v, tg.p, float(scale), logp0.p, entropy0.p, 0, none, none, none, none, none, none, none, 0, 0, 0, 0, 0, 0, 0, nullptr, nullptr);
+			launch_head(cluster, s.n, s.v, logits.p, s.ld, s.n, s.v, tg.p, float(scale), logp.p, entropy.p, 2, none, none, none, none, none, bdlp.p, bdent.p, 0, 0, 0, 0, 0, 0, 0, nullptr, nullptr);
 		});
 		if (memcmp(untouched, z.data(), z.size() * 4)) c.fail("mode 0 changed the logits");
 		for (int i = 0; i < s.n; i++) {
@@ -119,22 +127,25 @@ TEST(head) {
 		}
 	}
 	// A target out of range is reported, and its row has no gradient.
-	Buf<float> logits(std::vector<float>(3 * 8, 1.0f)), logp(3), one(std::vector<float>(3, 1.0f));
-	Buf<int> target(std::vector<int>{1, 5, -1}), bad(std::vector<int>{0x7fffffff});
-	run(c, {logits, logp, bad}, [&] {
-		emu::launch(d3(3), d3(1024), 0, [&] { head_rows(logits, 8, 3, 5, target, 1, logp, nullptr, 2, nullptr, nullptr, nullptr, nullptr, nullptr, one, nullptr, 0, 0, 0, 0, 0, 0, 0, nullptr, bad); });
-	});
-	c.equal("bad", 0, bad[0], 1);
-	for (int i = 8; i < 24; i++)
-		for (int j = 0; j < 5; j++) c.equal("gradient", j, widen(reinterpret_cast<bf16 *>(logits.p + i / 8 * 8)[j]), 0);
+	for (bool cluster : {false, true}) {
+		Buf<float> logits(std::vector<float>(3 * 8, 1.0f)), logp(3), one(std::vector<float>(3, 1.0f));
+		Buf<int> target(std::vector<int>{1, 5, -1}), bad(std::vector<int>{0x7fffffff});
+		float *no = nullptr;
+		run(c, {logits, logp, bad}, [&] { launch_head(cluster, 3, 5, logits.p, 8, 3, 5, target.p, 1, logp.p, no, 2, no, no, no, no, no, one.p, no, 0, 0, 0, 0, 0, 0, 0, no, bad.p); });
+		c.equal("bad", 0, bad[0], 1);
+		for (int i = 8; i < 24; i++)
+			for (int j = 0; j < 5; j++) c.equal("gradient", j, widen(reinterpret_cast<bf16 *>(logits.p + i / 8 * 8)[j]), 0);
+	}
 }
 
 TEST(surrogate) {
 	if (flush_mode()) return; // loads and stores are those of the head test
 	for (Settings s : {Settings{2, 0, 0, 0, 0, 0, 0}, {2, 0, 0, 0, 0, 0, 0.02f}, {0, 0.2f, 0.28f, 0, 0, 0, 0}, {0, 0.2f, 0.28f, 1.7f, 0, 0.04f, 0.01f}, {0, 0.2f, 0.2f, 0, 0, 0.5f, 0},
 	                   {1, 0, 0, 0, 1.5f, 0, 0}, {1, 0, 0, 0, 1.5f, 0.1f, 0.01f}}) {
-		for (bool given : {true, false}) {
+		for (int way = 0; way < 3; way++) {
 			const int n = 26, v = 131, ld = 136;
+			bool given = way > 0, cluster = way == 2;
+			if (cluster && !(s.kind == 0 && s.beta != 0 && s.entropy != 0)) continue; // the cluster's kernel shares the loss of a token
 			auto z = normals<float>(c, n * ld);
 			std::vector<int> target(n);
 			std::vector<float> old(n), ref(n), adv(n), weight(n), tis(n);
@@ -151,10 +162,9 @@ TEST(surrogate) {
 			Buf<float> logits(z), logp(n), entropy(n), loss(n), bo(old), br(ref), ba(adv), bw(weight), bt(tis);
 			Buf<int> tg(target);
 			run(c, {logits, logp, entropy, loss}, [&] {
-				emu::launch(d3(n), d3(1024), 0, [&] {
-					head_rows(logits, ld, n, v, tg, 1 / 0.8f, logp, entropy, 1, given ? bo.p : nullptr, s.beta != 0 ? br.p : nullptr, s.kind == 2 ? nullptr : ba.p, bw, given ? bt.p : nullptr,
-					          nullptr, nullptr, s.kind, s.low, s.high, s.delta, s.cap, s.beta, s.entropy, loss, nullptr);
-				});
+				float *no = nullptr;
+				launch_head(cluster, n, v, logits.p, ld, n, v, tg.p, 1 / 0.8f, logp.p, entropy.p, 1, given ? bo.p : no, s.beta != 0 ? br.p : no, s.kind == 2 ? no : ba.p, bw.p, given ? bt.p : no, no,
+				     no, s.kind, s.low, s.high, s.delta, s.cap, s.beta, s.entropy, loss.p, nullptr);
 			});
 			for (int i = 0; i < n; i++) {
 				auto want = surrogate(s, rows[i].logp, given ? old[i] : rows[i].logp, s.beta != 0 ? ref[i] : 0, s.kind == 2 ? 0 : adv[i], weight[i], given ? tis[i] : 1, rows[i].entropy);

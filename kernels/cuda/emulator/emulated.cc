@@ -36,11 +36,11 @@ struct Block {
 
 // 0, 2 when the block is not of the size that the kernel's parameters have, or 3 for an invalid pointer.
 template <class... A>
-int call(void (*kernel)(A...), emu::dim3 grid, emu::dim3 block, size_t shared, Block b) {
+int call(const char *name, void (*kernel)(A...), emu::dim3 grid, emu::dim3 block, size_t shared, Block b) {
 	std::tuple<A...> args{b.take<A>()...}; // braces: in order
 	if (!b.whole || b.at != b.size) return 2;
 	if (!std::apply([](auto... x) { return (valid(x) && ...); }, args)) return 3;
-	emu::launch(grid, block, shared, [&] { std::apply(kernel, args); });
+	emu::launch(grid, block, shared, [&] { std::apply(kernel, args); }, cluster_blocks(name));
 	return 0;
 }
 
@@ -60,7 +60,7 @@ extern "C" int emulated_launch(const char *name, unsigned gx, unsigned gy, unsig
 	grid.x = gx, grid.y = gy, block.x = bx, block.y = by;
 	Block b{static_cast<const unsigned char *>(args), size};
 #define KERNEL(k) \
-	if (!strcmp(name, #k)) return call(k, grid, block, shared, b);
+	if (!strcmp(name, #k)) return call(name, k, grid, block, shared, b);
 #include "calls.inc"
 	return 1;
 }
