@@ -218,6 +218,11 @@ func (r *reader) Read(p []byte) (int, error) {
 		return 0, nil
 	}
 	for r.left > 0 {
+		// Bytes that the kernel already holds do not outlive a cancellation.
+		if err := r.ctx.Err(); err != nil {
+			r.err = r.s.fault(r.ctx, "read", r.key, err)
+			return 0, r.err
+		}
 		if r.body == nil {
 			if r.err = r.reconnect(); r.err != nil {
 				return 0, r.err
@@ -234,7 +239,7 @@ func (r *reader) Read(p []byte) (int, error) {
 		if err == io.EOF {
 			err = io.ErrUnexpectedEOF
 		}
-		if r.ctx.Err() != nil || r.dry >= resumes {
+		if r.ctx.Err() != nil || r.dry >= resumes { // the wait may have been what was cancelled
 			r.err = r.s.fault(r.ctx, "read", r.key, err)
 			return 0, r.err
 		}
