@@ -208,6 +208,7 @@ case $what in
     section step-1.5b-secloop 160 bash -c 'step 1.5b secloop compile --profile'
     section step-135m-secloop 120 bash -c 'step 135m secloop compile --profile'
     [ -n "${SHAPE:-}" ] || compare logprob-torch 90 bash -c 'baseline logprob'
+    section step-0.5b-host-moments 60 bash -c "for f in '--moments float32' '--moments compact --gradients bfloat16'; do ours step --shape 0.5b --load secloop --repeats 2 \$f --profile $([ -n "${SHAPE:-}" ] || echo --moments-in host); done"
     section growth-0.5b 130 bash -c "ours growth --shape 0.5b --repeats 3 --plots $OUT ${SHAPE:+--prompt 16 --completion 4 --group-size 4}"
     ;;
   # The third: 7B full-parameter, and the kernels at larger sizes.

@@ -53,6 +53,7 @@ type StepOptions struct {
 // Formats are what a job says about the memory of its model. RecomputeMore is what "auto" chose.
 type Formats struct {
 	Moments       string `json:"moments"`        // float32 or compact
+	MomentsIn     string `json:"moments_in"`     // device or host
 	Gradients     string `json:"gradients"`      // float32 or bfloat16
 	Recompute     string `json:"recompute"`      // auto, cheap, mlp or layers
 	RecomputeMore int    `json:"recompute_more"` // layers for which that goes one mode further
@@ -65,10 +66,14 @@ func (f *Formats) options(dev kernels.Device, cfg model.Config, maxTokens int) (
 	if f.Moments != "" {
 		set.Moments = f.Moments
 	}
+	if f.MomentsIn != "" {
+		set.MomentsIn = f.MomentsIn
+	}
 	if f.Gradients != "" {
 		set.Gradients = f.Gradients
 	}
-	f.Moments, f.Gradients = set.Moments, set.Gradients
+	f.Moments, f.MomentsIn, f.Gradients = set.Moments, set.MomentsIn, set.Gradients
+	o.HostMoments = f.MomentsIn == sagrpo.MomentsHost
 	o.CompactMoments, o.BF16Gradients = f.Moments == sagrpo.MomentsCompact, f.Gradients == sagrpo.GradientsBFloat
 	switch f.Recompute {
 	case "", "auto":

@@ -144,6 +144,14 @@ type Device interface {
 	Sealed(seal.Token)
 }
 
+// HostAllocator is a device whose operations reach memory of the host over the bus.
+type HostAllocator interface {
+	// AllocHost is Alloc in page-locked host memory, none of it on the device. Any
+	// operation may use the buffer, at the speed of the bus; Free frees it. A plan
+	// counts its bytes under Host.
+	AllocHost(purpose string, t DType, n int) (Buffer, error)
+}
+
 // Segment is a run of query rows that attend to one visible span and then
 // causally to their own keys. It serves training (Q = K, KLen = QLen), prompt
 // prefill and decoding (QLen = 1, keys in a cache).

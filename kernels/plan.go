@@ -14,6 +14,7 @@ type Plan struct {
 	Bytes map[string]int64 `json:"bytes"` // "weights", "gradients", "optimizer", "scratch", ...
 	Total int64            `json:"total"`
 	Free  int64            `json:"free"` // what the device had when the plan was made
+	Host  int64            `json:"host"` // page-locked host memory beside it, see HostAllocator
 }
 
 // Fits reports whether the planned bytes are free on the device.
@@ -36,6 +37,9 @@ func (p Plan) String() string {
 	for _, n := range names {
 		s += fmt.Sprintf(" %s %d", n, p.Bytes[n])
 	}
+	if p.Host > 0 {
+		s += fmt.Sprintf("; and %d of host memory", p.Host)
+	}
 	return s
 }
 
@@ -57,9 +61,29 @@ type Scratcher interface {
 
 // NewPlanner returns a planner with the shape of dev. When dev implements
 // Scratcher, its operations' own scratch is counted too.
-func NewPlanner(dev Device) *PlanDevice {
+func NewPlanner(dev Device) Planner {
 	s, _ := dev.(Scratcher)
-	return &PlanDevice{info: dev.Info(), bytes: map[string]int64{}, scratch: s}
+	p := &PlanDevice{info: dev.Info(), bytes: map[string]int64{}, scratch: s}
+	if _, ok := dev.(HostAllocator); ok {
+		return &hostPlanDevice{p}
+	}
+	return p
+}
+
+// Planner is a device that computes nothing and counts bytes. It is a
+// HostAllocator if the device it plans for is one.
+type Planner interface {
+	Device
+	Plan() Plan
+}
+
+// hostPlanDevice plans for a HostAllocator.
+type hostPlanDevice struct{ *PlanDevice }
+
+func (p *hostPlanDevice) AllocHost(purpose string, t DType, n int) (Buffer, error) {
+	b := &planBuffer{t: t, n: n, purpose: purpose, host: true}
+	p.host += p.size(b)
+	return b, nil
 }
 
 // PlanDevice is a device that computes nothing and counts bytes. Running a model's
@@ -68,12 +92,18 @@ type PlanDevice struct {
 	seal.Mark
 	info    Info
 	bytes   map[string]int64
+	host    int64
 	scratch Scratcher
+}
+
+// size is what a buffer takes of its memory.
+func (p *PlanDevice) size(b *planBuffer) int64 {
+	return Round(int64(b.n)*int64(b.t.Size()), int64(p.info.Alignment))
 }
 
 // Plan returns what has been allocated so far. Scratch counts each arena's peak.
 func (p *PlanDevice) Plan() Plan {
-	out := Plan{Bytes: map[string]int64{}, Free: p.info.MemFree}
+	out := Plan{Bytes: map[string]int64{}, Free: p.info.MemFree, Host: p.host}
 	for k, v := range p.bytes {
 		if v != 0 {
 			out.Bytes[k] = v
@@ -88,6 +118,7 @@ type planBuffer struct {
 	t       DType
 	n       int
 	purpose string
+	host    bool
 }
 
 func (b *planBuffer) Type() DType { return b.t }
@@ -137,13 +168,17 @@ func (p *PlanDevice) Info() Info { return p.info }
 
 func (p *PlanDevice) Alloc(purpose string, t DType, n int) (Buffer, error) {
 	b := &planBuffer{t: t, n: n, purpose: purpose}
-	p.bytes[purpose] += Round(int64(n)*int64(t.Size()), int64(p.info.Alignment))
+	p.bytes[purpose] += p.size(b)
 	return b, nil
 }
 
 func (p *PlanDevice) Free(b Buffer) {
 	pb := b.(*planBuffer)
-	p.bytes[pb.purpose] -= Round(int64(pb.n)*int64(pb.t.Size()), int64(p.info.Alignment))
+	if pb.host {
+		p.host -= p.size(pb)
+		return
+	}
+	p.bytes[pb.purpose] -= p.size(pb)
 }
 
 // NewArena counts the capacity under "scratch"; give 0 to measure with the

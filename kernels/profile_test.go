@@ -72,7 +72,7 @@ func TestTimedTimesEveryOperation(t *testing.T) {
 func TestTimedAddsUp(t *testing.T) {
 	clock := time.Unix(0, 0)
 	took := map[string]time.Duration{"gemm": 5 * time.Millisecond, "rmsnorm": time.Millisecond, "zero": 2 * time.Millisecond}
-	d := NewTimed(&slow{PlanDevice: NewPlanner(&PlanDevice{bytes: map[string]int64{}}), clock: &clock, took: took})
+	d := NewTimed(&slow{PlanDevice: NewPlanner(&PlanDevice{bytes: map[string]int64{}}).(*PlanDevice), clock: &clock, took: took})
 	d.now = func() time.Time { return clock }
 	if _, err := d.StopProfile(); err == nil {
 		t.Error("a profile that was not started has ended")

@@ -179,3 +179,13 @@ func TestBF16Gradients(t *testing.T) {
 		})
 	}
 }
+
+// TestHostMomentsNeedADevice: a device that is the host refuses them by name, before anything is allocated.
+func TestHostMomentsNeedADevice(t *testing.T) {
+	dev := newDevice(t)
+	_, err := model.Plan(dev, tinyStateModel, model.Options{Train: true, MaxTokens: 8, HostMoments: true})
+	f, ok := fault.As(err)
+	if !ok || f.Kind != fault.Invalid || len(f.Fields) != 1 || f.Fields[0].Name != "optimizer.moments_in" {
+		t.Fatalf("%v, expected a refusal that names optimizer.moments_in", err)
+	}
+}

@@ -151,7 +151,10 @@ func tooLarge(dev kernels.Device, cfg Config, opt Options, plan kernels.Plan) er
 	leanest := func(o *Options) {
 		o.Recompute, o.RecomputeMore, o.CompactMoments, o.BF16Gradients = RecomputeLayers, 0, true, true
 	}
-	if len(e.Fields) == 0 && opt.Train && fits(leanest) { // no one of them is enough
+	onHost := func(o *Options) { leanest(o); o.HostMoments = true }
+	_, reaches := dev.(kernels.HostAllocator)
+	further := len(e.Fields) == 0 && opt.Train && reaches && !opt.HostMoments && !fits(leanest) && fits(onHost)
+	if len(e.Fields) == 0 && opt.Train && (further || fits(leanest)) { // no one of them is enough
 		if opt.Recompute < RecomputeLayers {
 			suggest("recompute", opt.Recompute, "layers")
 		}
@@ -161,6 +164,9 @@ func tooLarge(dev kernels.Device, cfg Config, opt Options, plan kernels.Plan) er
 		if !opt.BF16Gradients {
 			suggest("optimizer.gradients", "float32", "bfloat16")
 		}
+	}
+	if further {
+		suggest("optimizer.moments_in", momentsIn(false), momentsIn(true))
 	}
 	if len(e.Fields) == 0 {
 		state := plan.Total - plan.Bytes["scratch"]

@@ -25,6 +25,7 @@ type Options struct {
 	RecomputeMore  int       // layers, the first ones, for which that goes one mode further
 
 	CompactMoments bool   // 8-bit first and bfloat16 second moments: 3.03 bytes a parameter instead of 8, see kernels.AdamW
+	HostMoments    bool   // moments lie in page-locked host memory, and cross the bus once a step; the bits are the same
 	BF16Gradients  bool   // gradients are kept in bfloat16 between micro-batches, and computed in float32
 	RoundingSeed   uint64 // of the stochastic rounding that the two need
 }
@@ -110,6 +111,23 @@ func allocate(dev kernels.Device, cfg Config, opt Options) (_ *Model, err error)
 		m.owned = append(m.owned, b)
 		return b
 	}
+	moments := func(t kernels.DType, n int) kernels.Buffer {
+		host, ok := dev.(kernels.HostAllocator)
+		if !opt.HostMoments || err != nil {
+			return take("optimizer", t, n)
+		}
+		if !ok {
+			err = fault.BadField("optimizer.moments_in", momentsIn(true), momentsIn(false)+" on "+info.Name+", which does not reach host memory beside its own")
+			return nil
+		}
+		var b kernels.Buffer
+		if b, err = host.AllocHost("optimizer", t, n); err != nil {
+			err = fmt.Errorf("allocate optimizer: %w", err)
+			return nil
+		}
+		m.owned = append(m.owned, b)
+		return b
+	}
 	flat := func(purpose string, t kernels.DType) *params {
 		if b := take(purpose, t, m.lay.size); b != nil {
 			return m.lay.view(b)
@@ -127,12 +145,12 @@ func allocate(dev kernels.Device, cfg Config, opt Options) (_ *Model, err error)
 		}
 		m.grad = flat("gradients", kept)
 		if opt.CompactMoments {
-			m.m = take("optimizer", kernels.I8, m.lay.size)
-			m.scale = take("optimizer", kernels.F32, kernels.MomentBlocks(m.lay.size))
-			m.v = take("optimizer", kernels.BF16, m.lay.size)
+			m.m = moments(kernels.I8, m.lay.size)
+			m.scale = moments(kernels.F32, kernels.MomentBlocks(m.lay.size))
+			m.v = moments(kernels.BF16, m.lay.size)
 		} else {
-			m.m = take("optimizer", kernels.F32, m.lay.size)
-			m.v = take("optimizer", kernels.F32, m.lay.size)
+			m.m = moments(kernels.F32, m.lay.size)
+			m.v = moments(kernels.F32, m.lay.size)
 		}
 		m.sumsq = take("optimizer", kernels.F32, 1)
 		m.coef = take("optimizer", kernels.F32, 1)

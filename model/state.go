@@ -378,6 +378,14 @@ func (m *Model) LoadState(r io.Reader) error {
 	return nil
 }
 
+// momentsIn is a place of moments as settings name it.
+func momentsIn(host bool) string {
+	if host {
+		return "host"
+	}
+	return "device"
+}
+
 // momentsName is a format of moments as settings name it.
 func momentsName(compact bool) string {
 	if compact {

@@ -67,6 +67,7 @@ func NewEngine(m *model.Model, s Settings) (*Engine, error) {
 		not, yes  string
 	}{
 		{"moments", s.Optimizer.Moments, opt.CompactMoments, Float32, MomentsCompact},
+		{"moments_in", s.Optimizer.MomentsIn, opt.HostMoments, MomentsDevice, MomentsHost},
 		{"gradients", s.Optimizer.Gradients, opt.BF16Gradients, Float32, GradientsBFloat},
 	} {
 		loaded := f.not

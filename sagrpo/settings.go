@@ -38,6 +38,7 @@ type Optimizer struct {
 	WeightDecay float64    `json:"weight_decay"`
 	MaxGradNorm float64    `json:"max_grad_norm"` // 0: no clipping
 	Moments     string     `json:"moments"`       // float32, or compact: 3 bytes a parameter instead of 8, see kernels.AdamW
+	MomentsIn   string     `json:"moments_in"`    // device, or host: page-locked host memory that a card reads and writes over the bus
 	Gradients   string     `json:"gradients"`     // float32, or bfloat16: 2 bytes a parameter instead of 4, see kernels.AddGrad
 	Schedule    Schedule   `json:"schedule"`
 }
@@ -46,14 +47,16 @@ type Optimizer struct {
 const (
 	Float32         = "float32"  // of both
 	MomentsCompact  = "compact"  // int8 first moments with a scale for every 128, bfloat16 second moments
+	MomentsDevice   = "device"   // Optimizer.MomentsIn
+	MomentsHost     = "host"     // the same
 	GradientsBFloat = "bfloat16" // computed in float32, kept in bfloat16
 )
 
 // UnmarshalJSON implements json.Unmarshaler: records from before moments and
-// gradients had a format have float32 ones.
+// gradients had a format have float32 ones, and the moments on the device.
 func (o *Optimizer) UnmarshalJSON(raw []byte) error {
 	type plain Optimizer
-	p := plain{Moments: Float32, Gradients: Float32}
+	p := plain{Moments: Float32, MomentsIn: MomentsDevice, Gradients: Float32}
 	if err := json.Unmarshal(raw, &p); err != nil {
 		return err
 	}
@@ -129,7 +132,7 @@ func DefaultObjective(name string) Objective {
 // DefaultOptimizer returns AdamW with the paper's learning rate, at a constant schedule.
 func DefaultOptimizer() Optimizer {
 	return Optimizer{
-		Name: "adamw", LR: 3e-6, Betas: [2]float64{0.9, 0.95}, Eps: 1e-8, MaxGradNorm: 1, Moments: Float32, Gradients: Float32,
+		Name: "adamw", LR: 3e-6, Betas: [2]float64{0.9, 0.95}, Eps: 1e-8, MaxGradNorm: 1, Moments: Float32, MomentsIn: MomentsDevice, Gradients: Float32,
 		Schedule: Schedule{Name: "constant"},
 	}
 }

@@ -85,7 +85,7 @@ func TestDefaults(t *testing.T) {
 			t.Errorf("written and read back, %q: %v", name, err)
 		}
 	}
-	wantOpt := Optimizer{Name: "adamw", LR: 3e-6, Betas: [2]float64{0.9, 0.95}, Eps: 1e-8, MaxGradNorm: 1, Moments: "float32", Gradients: "float32", Schedule: Schedule{Name: "constant"}}
+	wantOpt := Optimizer{Name: "adamw", LR: 3e-6, Betas: [2]float64{0.9, 0.95}, Eps: 1e-8, MaxGradNorm: 1, Moments: "float32", MomentsIn: "device", Gradients: "float32", Schedule: Schedule{Name: "constant"}}
 	got, err := ParseOptimizer(json.RawMessage(`null`))
 	if err != nil {
 		t.Fatal(err)
@@ -262,6 +262,7 @@ func TestValidateRefuses(t *testing.T) {
 		{"decay negative", "sa_grpo", func(s *Settings) { s.Optimizer.WeightDecay = -0.1 }, []string{"optimizer.weight_decay"}},
 		{"norm negative", "sa_grpo", func(s *Settings) { s.Optimizer.MaxGradNorm = -1 }, []string{"optimizer.max_grad_norm"}},
 		{"moments unknown", "sa_grpo", func(s *Settings) { s.Optimizer.Moments = "int8" }, []string{"optimizer.moments"}},
+		{"moments elsewhere", "sa_grpo", func(s *Settings) { s.Optimizer.MomentsIn = "disk" }, []string{"optimizer.moments_in"}},
 		{"no moments", "sa_grpo", func(s *Settings) { s.Optimizer.Moments = "" }, []string{"optimizer.moments"}},
 		{"gradients unknown", "sa_grpo", func(s *Settings) { s.Optimizer.Gradients = "compact" }, []string{"optimizer.gradients"}},
 		{"schedule unknown", "sa_grpo", func(s *Settings) { s.Optimizer.Schedule.Name = "step" }, []string{"optimizer.schedule.name"}},

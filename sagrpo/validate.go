@@ -195,6 +195,7 @@ func (c *check) optimizer(o Optimizer) {
 	c.require(o.WeightDecay >= 0 && finite(o.WeightDecay), "optimizer.weight_decay", o.WeightDecay, "0 or more")
 	c.require(o.MaxGradNorm >= 0 && fits(o.MaxGradNorm), "optimizer.max_grad_norm", o.MaxGradNorm, "0 (no clipping) or more")
 	c.require(o.Moments == Float32 || o.Moments == MomentsCompact, "optimizer.moments", fmt.Sprintf("%q", o.Moments), "float32 or compact")
+	c.require(o.MomentsIn == MomentsDevice || o.MomentsIn == MomentsHost, "optimizer.moments_in", fmt.Sprintf("%q", o.MomentsIn), "device or host")
 	c.require(o.Gradients == Float32 || o.Gradients == GradientsBFloat, "optimizer.gradients", fmt.Sprintf("%q", o.Gradients), "float32 or bfloat16")
 
 	s := o.Schedule

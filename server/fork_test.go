@@ -175,3 +175,17 @@ func TestForkRefusals(t *testing.T) {
 		t.Errorf("%s", fork.Document)
 	}
 }
+
+// TestHostMomentsOnTheCPU: moments beside the device's memory are refused where there is
+// none beside it, by name, and nothing is made.
+func TestHostMomentsOnTheCPU(t *testing.T) {
+	e := servertest.Start(t, servertest.Options{Wrap: described(t)})
+	raw, err := json.Marshal(e.JobDocument(2, map[string]any{"optimizer": map[string]any{"moments_in": "host"}}))
+	if err != nil {
+		t.Fatal(err)
+	}
+	status, p := exchange(t, http.MethodPost, e.URL+"/v1/jobs", raw, map[string]string{"Content-Type": "application/json"})
+	if status != 422 || len(p.Errors) != 1 || p.Errors[0].Name != "optimizer.moments_in" || !strings.Contains(p.Errors[0].Expected, "device on cpu") {
+		t.Errorf("%d, %+v", status, p)
+	}
+}

@@ -231,8 +231,9 @@ func (s *Spec) modelOptions() model.Options {
 	return model.Options{
 		Train: true, Reference: s.Objective.NeedsReference(), MaxTokens: int(s.Batch.MaxTokens),
 		SampleSlots: int(s.Sampling.MaxSequences), SampleTokens: int(s.Sampling.MaxTokens),
-		CompactMoments: s.Optimizer.Moments == sagrpo.MomentsCompact, BF16Gradients: s.Optimizer.Gradients == sagrpo.GradientsBFloat,
-		RoundingSeed: uint64(s.Seed), Recompute: recomputes[s.Batch.Recompute],
+		CompactMoments: s.Optimizer.Moments == sagrpo.MomentsCompact, HostMoments: s.Optimizer.MomentsIn == sagrpo.MomentsHost,
+		BF16Gradients: s.Optimizer.Gradients == sagrpo.GradientsBFloat,
+		RoundingSeed:  uint64(s.Seed), Recompute: recomputes[s.Batch.Recompute],
 	}
 }
 
@@ -331,14 +332,15 @@ func (m *Manager) refuse(ctx context.Context, id JobID, spec *Spec, base *baseMo
 	if try.Batch.Recompute == recomputeAuto {
 		try.Batch.Recompute = "layers" // the plan that was refused is already that
 	}
-	fits := func() bool {
+	planned := func() (fits bool, err error) {
 		var p kernels.Plan
-		err := m.planning(ctx, id, func(dev kernels.Device) (err error) {
+		err = m.planning(ctx, id, func(dev kernels.Device) (err error) {
 			p, err = model.Plan(dev, base.config(), try.modelOptions())
 			return err
 		})
-		return err == nil && p.Total <= plan.Free
+		return err == nil && p.Total <= plan.Free, err
 	}
+	fits := func() bool { ok, _ := planned(); return ok }
 	e := &fault.Error{Kind: fault.Invalid, Code: "does_not_fit", Msg: "the job does not fit on the device (" + plan.String() + ")"}
 	if !alone {
 		e.Msg = fmt.Sprintf("the job does not fit on the device beside the others (%s), and host memory for models that are off the device (swap_memory, %d bytes) does not hold them all",
@@ -353,6 +355,7 @@ func (m *Manager) refuse(ctx context.Context, id JobID, spec *Spec, base *baseMo
 		{"batch.recompute", &try.Batch.Recompute, recomputeAuto},
 		{"optimizer.gradients", &try.Optimizer.Gradients, sagrpo.GradientsBFloat},
 		{"optimizer.moments", &try.Optimizer.Moments, sagrpo.MomentsCompact},
+		{"optimizer.moments_in", &try.Optimizer.MomentsIn, sagrpo.MomentsHost}, // not every device can
 	} {
 		was := *f.set
 		if was == f.to || f.to == recomputeAuto && was == "layers" {
@@ -361,8 +364,13 @@ func (m *Manager) refuse(ctx context.Context, id JobID, spec *Spec, base *baseMo
 		if *f.set = f.to; f.to == recomputeAuto {
 			*f.set = "layers" // as far as auto goes
 		}
+		ok, err := planned()
+		if err != nil { // the device refuses it
+			*f.set = was
+			continue
+		}
 		e.Fields = append(e.Fields, fault.Field{Name: f.name, Row: -1, Got: was, Expected: f.to})
-		if fits() {
+		if ok {
 			return e
 		}
 	}

@@ -49,6 +49,7 @@ func stepFlags(c *cobra.Command, o *bench.StepOptions, shape, load string) {
 	c.Flags().StringVar(&o.Load, "load", load, "smoke, cpu512, flat, secloop or reason")
 	c.Flags().IntVar(&o.MaxTokens, "max-tokens", 16384, "token budget of a micro-batch")
 	c.Flags().StringVar(&o.Moments, "moments", "float32", "float32 or compact, as optimizer.moments of a job")
+	c.Flags().StringVar(&o.MomentsIn, "moments-in", "device", "device or host (a card's alone), as optimizer.moments_in")
 	c.Flags().StringVar(&o.Gradients, "gradients", "float32", "float32 or bfloat16, as optimizer.gradients")
 	c.Flags().StringVar(&o.Recompute, "recompute", "auto", "auto, cheap, mlp or layers, as batch.recompute")
 }

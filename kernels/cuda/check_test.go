@@ -171,9 +171,11 @@ func testModels(t *testing.T, dev kernels.Device) {
 		}
 	})
 	for name, opt := range map[string]model.Options{
-		"same bits twice":                    {Train: true, MaxTokens: 96},
-		"same bits twice on compact moments": compact,
-		"same bits twice, layers recomputed": {Train: true, MaxTokens: 96, Recompute: model.RecomputeMLP, RecomputeMore: 1},
+		"same bits twice":                              {Train: true, MaxTokens: 96},
+		"same bits twice on compact moments":           compact,
+		"same bits twice, moments on the host":         {Train: true, MaxTokens: 96, HostMoments: true},
+		"same bits twice, compact moments on the host": {Train: true, MaxTokens: 96, CompactMoments: true, BF16Gradients: true, RoundingSeed: 3, HostMoments: true},
+		"same bits twice, layers recomputed":           {Train: true, MaxTokens: 96, Recompute: model.RecomputeMLP, RecomputeMore: 1},
 	} {
 		t.Run(name, func(t *testing.T) {
 			sameBitsTwice(t, dev, opt)
@@ -212,7 +214,7 @@ func testModels(t *testing.T, dev kernels.Device) {
 func sameBitsTwice(t *testing.T, dev kernels.Device, opt model.Options) {
 	var first map[string][]float32
 	keep := opt
-	keep.Recompute, keep.RecomputeMore = model.RecomputeCheap, 0
+	keep.Recompute, keep.RecomputeMore, keep.HostMoments = model.RecomputeCheap, 0, false
 	for run, o := range []model.Options{keep, opt} {
 		m := loadAs(t, dev, shapeOf("qwen2", 8), o)
 		rng := rand.New(rand.NewPCG(8, 9))

@@ -17,13 +17,14 @@ import (
 
 // recorder is a driver that computes nothing and keeps what it is asked to do.
 type recorder struct {
-	next     address
-	launches []launched
-	products []product
-	freed    int
-	fail     map[string]error // by kernel
-	room     int64            // bytes that alloc gives in all
-	gone     error            // the error that counts as sticky
+	hostBytes int64 // of mapped
+	next      address
+	launches  []launched
+	products  []product
+	freed     int
+	fail      map[string]error // by kernel
+	room      int64            // bytes that alloc gives in all
+	gone      error            // the error that counts as sticky
 }
 
 type launched struct {
@@ -38,6 +39,11 @@ func (r *recorder) alloc(n int64) (address, error) {
 		return 0, errNoMemory
 	}
 	r.room -= n
+	r.next += address(kernels.Round(n, alignment))
+	return r.next, nil
+}
+func (r *recorder) mapped(n int64) (address, error) {
+	r.hostBytes += n
 	r.next += address(kernels.Round(n, alignment))
 	return r.next, nil
 }

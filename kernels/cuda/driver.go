@@ -18,6 +18,10 @@ type size2 struct{ x, y int }
 type driver interface {
 	// alloc returns memory aligned to 256 bytes; n is positive.
 	alloc(n int64) (address, error)
+	// mapped returns page-locked host memory, aligned like alloc's, at the address by
+	// which the card reaches it over the bus. All methods take such addresses.
+	mapped(n int64) (address, error)
+	// free gives back what alloc or mapped gave.
 	free(address) error
 	memory() (free, total int64, err error)
 	// pinned returns page-locked host memory that lives until close.

@@ -74,6 +74,7 @@ type card struct {
 	kernels map[string]*kernel
 	lacks   map[string]bool // kernels that were looked for and are for newer cards
 	pins    []unsafe.Pointer
+	host    map[address]unsafe.Pointer // of mapped
 	blas    *blas
 	driver  int       // its version
 	trial   stopwatch // of elapsed; nil until then
@@ -91,7 +92,7 @@ const defaultShared = 48 << 10
 
 // openCard runs on the thread that will own the context.
 func openCard(f found, dev cu.Device) (_ driver, err error) {
-	c := &card{events: map[int]cu.Event{}, kernels: map[string]*kernel{}, lacks: map[string]bool{}, driver: f.driver, buf: make([]byte, 0, 512)}
+	c := &card{events: map[int]cu.Event{}, kernels: map[string]*kernel{}, lacks: map[string]bool{}, host: map[address]unsafe.Pointer{}, driver: f.driver, buf: make([]byte, 0, 512)}
 	if c.context, err = dev.MakeContext(cu.SchedAuto); err != nil {
 		if errors.Is(err, cu.OutOfMemory) {
 			return nil, fault.New(fault.TooLarge, "out_of_memory", "open cuda:%d: no memory for a context on %s: another process holds it", f.index, f.model)
@@ -226,7 +227,31 @@ func (c *card) alloc(n int64) (address, error) {
 	return address(p), err
 }
 
-func (c *card) free(a address) error { return cu.MemFree(cu.DevicePtr(a)) }
+func (c *card) mapped(n int64) (address, error) {
+	var p unsafe.Pointer
+	var at C.CUdeviceptr
+	switch r := C.tr_mapped(&p, &at, C.size_t(n)); r {
+	case 0:
+	case C.CUDA_ERROR_OUT_OF_MEMORY:
+		return 0, errNoMemory
+	default:
+		return 0, fmt.Errorf("cuMemHostAlloc: %w", result(r))
+	}
+	c.host[address(at)] = p
+	return address(at), nil
+}
+
+func (c *card) free(a address) error {
+	p, host := c.host[a]
+	if !host {
+		return cu.MemFree(cu.DevicePtr(a))
+	}
+	// Unlike cuMemFree this need not wait for what the card still does there.
+	err := c.stream.Synchronize()
+	delete(c.host, a)
+	C.tr_unpin(p)
+	return err
+}
 
 func (c *card) memory() (free, total int64, err error) { return cu.MemInfo() }
 
@@ -325,6 +350,12 @@ func (c *card) close() error {
 		c.blas.close()
 	}
 	for _, p := range c.pins {
+		C.tr_unpin(p)
+	}
+	if len(c.host) > 0 {
+		_ = c.stream.Synchronize() // what it has to say was said, or the context is lost
+	}
+	for _, p := range c.host {
 		C.tr_unpin(p)
 	}
 	return c.context.Destroy()

@@ -94,6 +94,7 @@ type emulated struct {
 type allocation struct {
 	mapped []byte
 	n      int64
+	host   bool
 }
 
 const emulatedMemory = 8 << 30
@@ -109,6 +110,19 @@ func (e *emulated) alloc(n int64) (address, error) {
 	if e.used+n > emulatedMemory {
 		return 0, errNoMemory
 	}
+	e.used += n
+	return e.guarded(n, false)
+}
+
+// mapped is host memory, as all of the emulator's is, and takes none of the card's.
+func (e *emulated) mapped(n int64) (address, error) {
+	if e.broken != nil {
+		return 0, e.broken
+	}
+	return e.guarded(n, true)
+}
+
+func (e *emulated) guarded(n int64, host bool) (address, error) {
 	room := (kernels.Round(n, alignment) + page - 1) / page * page
 	m, err := syscall.Mmap(-1, 0, int(room)+page, syscall.PROT_READ|syscall.PROT_WRITE, syscall.MAP_ANON|syscall.MAP_PRIVATE)
 	if err != nil {
@@ -123,8 +137,7 @@ func (e *emulated) alloc(n int64) (address, error) {
 		}
 	}
 	at := address(uintptr(unsafe.Pointer(unsafe.SliceData(m)))) + address(room-kernels.Round(n, alignment))
-	e.maps[at] = allocation{m, n}
-	e.used += n
+	e.maps[at] = allocation{m, n, host}
 	return at, nil
 }
 
@@ -141,7 +154,9 @@ func (e *emulated) unmap(at address) error {
 		return fmt.Errorf("free of %#x, which is no allocation", at)
 	}
 	delete(e.maps, at)
-	e.used -= m.n
+	if !m.host {
+		e.used -= m.n
+	}
 	return syscall.Munmap(m.mapped)
 }
 

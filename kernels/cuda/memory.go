@@ -41,6 +41,11 @@ func (b *buffer) bytes() int64 { return int64(b.n) * int64(b.t.Size()) }
 
 // take allocates n bytes on the card, for a named purpose.
 func (d *Device) take(purpose string, n int64) (address, error) {
+	return d.takeBy(purpose, n, driver.alloc, "")
+}
+
+// takeBy allocates by one of the driver's ways; where says what memory it is.
+func (d *Device) takeBy(purpose string, n int64, alloc func(driver, int64) (address, error), where string) (address, error) {
 	if n == 0 {
 		return 0, nil
 	}
@@ -48,7 +53,7 @@ func (d *Device) take(purpose string, n int64) (address, error) {
 	var failed error
 	var free int64
 	err := d.q.call(command{label: of("allocate "+purpose, ""), run: func(c driver) error {
-		at, failed = c.alloc(n)
+		at, failed = alloc(c, n)
 		if errors.Is(failed, errNoMemory) {
 			free, _, _ = c.memory()
 			return nil // nothing is wrong with the device
@@ -57,6 +62,9 @@ func (d *Device) take(purpose string, n int64) (address, error) {
 	}})
 	if err != nil {
 		return 0, err
+	}
+	if failed != nil && where != "" {
+		return 0, fault.New(fault.TooLarge, "out_of_memory", "allocate %s for %s: %d bytes of %s wanted: %w", purpose, d.info.Name, n, where, failed)
 	}
 	if failed != nil {
 		return 0, fault.New(fault.TooLarge, "out_of_memory", "allocate %s on %s: %d bytes wanted, %d free: %w", purpose, d.info.Name, n, free, failed)
@@ -82,6 +90,16 @@ func (d *Device) give(at address) {
 func (d *Device) Alloc(purpose string, t kernels.DType, n int) (kernels.Buffer, error) {
 	must(n >= 0, "alloc", "%d elements for %s", n, purpose)
 	at, err := d.take(purpose, kernels.Round(int64(n)*int64(t.Size()), alignment))
+	if err != nil {
+		return nil, err
+	}
+	return &buffer{t: t, n: n, at: at, owned: true}, nil
+}
+
+// AllocHost implements kernels.HostAllocator.
+func (d *Device) AllocHost(purpose string, t kernels.DType, n int) (kernels.Buffer, error) {
+	must(n >= 0, "alloc", "%d elements for %s", n, purpose)
+	at, err := d.takeBy(purpose, kernels.Round(int64(n)*int64(t.Size()), alignment), driver.mapped, "page-locked host memory")
 	if err != nil {
 		return nil, err
 	}

@@ -118,3 +118,40 @@ func Test7BOn80GB(t *testing.T) {
 		t.Logf("%s: %v", name, err)
 	}
 }
+
+// TestHostMoments7B: with its float32 moments in host memory the same job fits with
+// gradients in either format, and the card's plan has neither moment.
+func TestHostMoments7B(t *testing.T) {
+	const gib = 1 << 30
+	d := cardWith(t, int64(78.5*gib))
+	budget := d.Info().MemFree
+	for _, bf16 := range []bool{true, false} {
+		opt := model.Options{Train: true, MaxTokens: 12314, MaxPredictions: 6170, BF16Gradients: bf16, HostMoments: true}
+		got, plan, ok, err := model.Fit(d, qwen7b, opt, budget)
+		if err != nil || !ok {
+			t.Fatalf("bfloat16 gradients %v: fits %v with %v, %v", bf16, ok, plan, err)
+		}
+		n := qwen7b.Parameters()
+		if plan.Host < 8*n || plan.Host > 8*n+8*n/1000 || plan.Bytes["optimizer"] > 1024 {
+			t.Errorf("%v for %d parameters: expected their float32 moments, 8 bytes each, on the host and next to nothing of them on the card", plan, n)
+		}
+		t.Logf("bfloat16 gradients %v: recompute %v and %d layers more, %v", bf16, got.Recompute, got.RecomputeMore, plan)
+	}
+}
+
+// TestAllocHost: host memory takes nothing of the card's, and is freed like the card's.
+func TestAllocHost(t *testing.T) {
+	d, r := record(t)
+	room, freed := r.room, r.freed
+	b, err := d.AllocHost("optimizer", kernels.F32, 1000)
+	if err != nil {
+		t.Fatal(err)
+	}
+	d.Free(b)
+	if err := d.Sync(); err != nil {
+		t.Fatal(err)
+	}
+	if r.hostBytes != 4096 || r.room != room || r.freed != freed+1 {
+		t.Errorf("%d bytes of the host, %d of the card taken, %d frees; expected 4096, 0 and 1", r.hostBytes, room-r.room, r.freed-freed)
+	}
+}

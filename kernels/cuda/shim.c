@@ -12,6 +12,14 @@ int tr_launch(CUfunction f, unsigned gx, unsigned gy, unsigned bx, unsigned by, 
 int tr_pinned(void **p, size_t n) { return cuMemHostAlloc(p, n, CU_MEMHOSTALLOC_PORTABLE); }
 void tr_unpin(void *p) { cuMemFreeHost(p); }
 
+int tr_mapped(void **p, CUdeviceptr *at, size_t n) {
+	int r = cuMemHostAlloc(p, n, CU_MEMHOSTALLOC_PORTABLE | CU_MEMHOSTALLOC_DEVICEMAP);
+	if (r) return r;
+	r = cuMemHostGetDevicePointer(at, *p, 0);
+	if (r) cuMemFreeHost(*p);
+	return r;
+}
+
 int tr_register(void *p, size_t n) { return cuMemHostRegister(p, n, CU_MEMHOSTREGISTER_PORTABLE); }
 int tr_unregister(void *p) { return cuMemHostUnregister(p); }
 

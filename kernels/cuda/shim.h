@@ -13,6 +13,8 @@ int tr_allow_shared(CUfunction f, int bytes);
 int tr_launch(CUfunction f, unsigned gx, unsigned gy, unsigned bx, unsigned by, unsigned shared, CUstream stream, void *args, size_t size);
 int tr_pinned(void **p, size_t n);
 void tr_unpin(void *p);
+// Page-locked memory with an address for the card; tr_unpin frees it too.
+int tr_mapped(void **p, CUdeviceptr *at, size_t n);
 // Memory that was mapped by somebody else.
 int tr_register(void *p, size_t n);
 int tr_unregister(void *p);

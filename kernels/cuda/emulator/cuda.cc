@@ -165,7 +165,8 @@ CUresult cuCtxDestroy(CUcontext context) {
 		if (!r) r = drain(s, nullptr);
 		delete s;
 	}
-	for (auto &m : c->memory) munmap(m.second.map, m.second.mapped);
+	for (auto &m : c->memory)
+		if (m.second.map) munmap(m.second.map, m.second.mapped);
 	for (auto &p : c->pinned) munmap(p.first, p.second);
 	if (current == c) current = nullptr;
 	delete c;
@@ -240,7 +241,7 @@ CUresult cuMemAlloc(CUdeviceptr *p, size_t n) {
 CUresult cuMemFree(CUdeviceptr p) {
 	ENTER
 	auto it = current->memory.find(p);
-	if (it == current->memory.end()) return refuse(CUDA_ERROR_INVALID_VALUE, "free of what is no allocation");
+	if (it == current->memory.end() || !it->second.map) return refuse(CUDA_ERROR_INVALID_VALUE, "free of what is no allocation");
 	for (Stream *s : current->streams)
 		if (CUresult r = drain(s, nullptr)) return r;
 	munmap(it->second.map, it->second.mapped);
@@ -248,17 +249,34 @@ CUresult cuMemFree(CUdeviceptr p) {
 	current->memory.erase(it);
 	return CUDA_SUCCESS;
 }
-CUresult cuMemHostAlloc(void **p, size_t n, unsigned) {
+CUresult cuMemHostAlloc(void **p, size_t n, unsigned flags) {
 	ENTER
+	if (flags & ~unsigned(CU_MEMHOSTALLOC_PORTABLE | CU_MEMHOSTALLOC_DEVICEMAP)) return refuse(CUDA_ERROR_INVALID_VALUE, "host memory with flags %u", flags);
 	*p = mmap(nullptr, n, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
 	if (*p == MAP_FAILED) return CUDA_ERROR_OUT_OF_MEMORY;
 	current->pinned[static_cast<char *>(*p)] = n;
+	// The card may address it. It is no allocation of the card's: no map of its own.
+	if (flags & CU_MEMHOSTALLOC_DEVICEMAP) {
+		current->memory[reinterpret_cast<CUdeviceptr>(*p)] = {n, 0, nullptr};
+		if (n < 1 << 20) memset(*p, 0xff, n);
+	}
+	return CUDA_SUCCESS;
+}
+CUresult cuMemHostGetDevicePointer(CUdeviceptr *at, void *p, unsigned flags) {
+	ENTER
+	auto it = current->memory.find(reinterpret_cast<CUdeviceptr>(p));
+	if (flags || it == current->memory.end() || it->second.map) return refuse(CUDA_ERROR_INVALID_VALUE, "the card's address of host memory that is not mapped for it");
+	*at = it->first;
 	return CUDA_SUCCESS;
 }
 CUresult cuMemFreeHost(void *p) {
 	ENTER
 	auto it = current->pinned.find(static_cast<char *>(p));
 	if (it == current->pinned.end()) return refuse(CUDA_ERROR_INVALID_VALUE, "free of host memory that is not page-locked");
+	// Real drivers need not wait here: whoever frees memory that work is to use would be lucky.
+	if (current->memory.erase(reinterpret_cast<CUdeviceptr>(p)))
+		for (Stream *s : current->streams)
+			if (!s->work.empty()) refuse(CUDA_ERROR_INVALID_VALUE, "free of mapped host memory before the stream is done"), abort();
 	munmap(p, it->second);
 	current->pinned.erase(it);
 	return CUDA_SUCCESS;
