@@ -72,7 +72,7 @@ func (g *golden) settings(objective string) sagrpo.Settings {
 	}
 	return sagrpo.Settings{
 		Objective: o,
-		Optimizer: sagrpo.Optimizer{Name: "adamw", Moments: sagrpo.Float32, Gradients: sagrpo.Float32, LR: g.AdamW.LR, Betas: g.AdamW.Betas, Eps: g.AdamW.Eps, WeightDecay: g.AdamW.WeightDecay, MaxGradNorm: g.AdamW.MaxGradNorm,
+		Optimizer: sagrpo.Optimizer{Name: "adamw", Moments: sagrpo.Float32, MomentsIn: sagrpo.MomentsDevice, Gradients: sagrpo.Float32, LR: g.AdamW.LR, Betas: g.AdamW.Betas, Eps: g.AdamW.Eps, WeightDecay: g.AdamW.WeightDecay, MaxGradNorm: g.AdamW.MaxGradNorm,
 			Schedule: sagrpo.Schedule{Name: "constant"}},
 		MaxTokens: 64,
 	}
