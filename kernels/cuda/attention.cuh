@@ -1,10 +1,11 @@
 // What the attention kernels share: the schedule's records, tiles of 64 rows in
 // shared memory, and the fragments that mma.sync takes from them.
 //
-// A tile is [64, D] bf16. Its 16-byte chunks are stored at chunk ^ (row & 7),
-// so that the 8 rows of an ldmatrix lie in different banks.
+// A tile is [64, D] bf16, in panels of 64 columns one after the other. Their 16-byte chunks
+// are stored at chunk ^ (row & 7), so that the 8 rows of an ldmatrix lie in different
+// banks; it is also the 128-byte swizzle that wgmma.cuh describes.
 #pragma once
-#include "common.cuh"
+#include "wgmma.cuh"
 
 static const int kTile = 64; // rows of a tile: stacked queries, or keys
 
@@ -23,7 +24,8 @@ TR_INLINE int visible(const Tile &t, int i) { return t.prefix_len + imax(0, t.se
 
 template <int D>
 TR_INLINE bf16 *chunk_at(bf16 *tile, int row, int chunk) {
-	return tile + row * D + ((chunk ^ (row & 7)) << 3);
+	if constexpr (D > 64) tile += chunk / 8 * (kTile * 64), chunk %= 8;
+	return tile + row * 64 + ((chunk ^ (row & 7)) << 3);
 }
 
 // Group is how many stacked rows a token has; token_of divides a row of a tile by it

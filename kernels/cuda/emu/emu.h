@@ -6,7 +6,8 @@
 // It checks what hardware does not: every thread of a block (lane of a warp)
 // must reach the same barrier (warp operation) by source line; shared memory is
 // poisoned with NaN before every block and ends at a guard page; the target of
-// a cp.async is poison until its group has been waited for.
+// a cp.async is poison until its group has been waited for. Warpgroup products read what
+// they would see on a card (emu.cc), and their accumulators are NaN until then.
 #pragma once
 
 #include <cmath>
@@ -59,6 +60,12 @@ int lane();
 void copy_async(void *dst, const void *src, int bytes, bool valid);
 void copy_commit();
 void copy_wait(int pending);
+// Warpgroup products, see wgmma.cuh.
+unsigned shared_address(const void *p);
+void fence_async();
+void products_begin();
+void product(float (*c)[4], const unsigned (&a)[4], unsigned long long b, bool trans, bool add);
+void products_end(int line);
 
 template <class T>
 T from_lane(T x, int source, int line) {
@@ -227,3 +234,13 @@ static inline float cluster_load(const float *mine, int rank) { return *static_c
 static inline void cp_async_commit() { emu::copy_commit(); }
 template <int n>
 static inline void cp_async_wait() { emu::copy_wait(n); }
+
+// The PTX instructions of wgmma.cuh.
+static inline unsigned shared_address(const void *p) { return emu::shared_address(p); }
+static inline void fence_async() { emu::fence_async(); }
+#define wgmma_begin(...) emu::products_begin()
+#define wgmma_end(...) emu::products_end(__LINE__)
+template <bool trans, bool add>
+static inline void wgmma64(float (*c)[4], const unsigned (&a)[4], unsigned long long b) {
+	emu::product(c, a, b, trans, add);
+}

@@ -39,6 +39,8 @@ void swiglu_backward_bf16(bf16 *dgu, const bf16 *dout, const bf16 *gu, int t, in
 	const int *items, float *partO, float *partML, int partRows, int h, int kv, float scale
 void attention_forward_64(FORWARD);
 void attention_forward_128(FORWARD);
+void attention_forward_64_wgmma(FORWARD);
+void attention_forward_128_wgmma(FORWARD);
 void attention_forward_simple(FORWARD, int hd);
 #undef FORWARD
 void attention_combine(bf16 *out, float *lse, const float *partO, const float *partML, const int *combines, int partRows, int h, int kv, int hd);
@@ -46,12 +48,15 @@ void attention_delta(float *delta, const bf16 *dout, const bf16 *out, i64 rows, 
 #define DKV bf16 *dqkv, float *part, const bf16 *qkv, const bf16 *dout, const float *lse, const float *delta, const int *works, const int *ranges, const int *tiles, int h, int kv, float scale
 void attention_dkv_64(DKV);
 void attention_dkv_128(DKV);
+void attention_dkv_64_wgmma(DKV);
 void attention_dkv_simple(DKV, int hd);
 #undef DKV
 void attention_dkv_reduce(bf16 *dqkv, const float *part, const int *splits, int h, int kv, int hd);
 #define DQ bf16 *dqkv, const bf16 *qkv, const bf16 *dout, const float *lse, const float *delta, const int *tiles, const int *order, int h, int kv, float scale
 void attention_dq_64(DQ);
 void attention_dq_128(DQ);
+void attention_dq_64_wgmma(DQ);
+void attention_dq_128_wgmma(DQ);
 void attention_dq_simple(DQ, int hd);
 #undef DQ
 

@@ -71,16 +71,21 @@ struct Reference {
 
 typedef void (*Forward)(bf16 *, float *, const bf16 *, const bf16 *, const bf16 *, const bf16 *, const bf16 *, int, int, int, int, int, const int *, float *, float *, int, int, int, float);
 
-// forward runs the fast kernels, or the plain ones.
-void forward(Check &check, const Case &c, bool fast, const Reference &r, Buf<bf16> &out, Buf<float> &lse) {
+// Kind is which kernels run. Where there is no wgmma kernel it is mma.sync's.
+enum Kind { kPlain, kMma, kWgmma };
+
+// The tiles of the wgmma kernels start at a multiple of 1,024 bytes.
+const size_t kAligning = 1008;
+
+void forward(Check &check, const Case &c, Kind kind, const Reference &r, Buf<bf16> &out, Buf<float> &lse) {
 	Buf<int> items(c.items), combines(c.combines);
 	Buf<float> part_o(size_t(c.kv) * c.part_rows * c.hd), part_ml(size_t(c.kv) * c.part_rows * 2);
 	float scale = float(r.scale());
 	unsigned n = unsigned(c.items.size() / 12);
 	run(check, {out, lse}, [&] {
-		if (fast) {
-			Forward f = c.hd == 64 ? attention_forward_64 : attention_forward_128;
-			emu::launch(d3(n, c.kv), d3(128), c.hd == 64 ? 40960 : 81920, [&] {
+		if (kind != kPlain) {
+			Forward f = kind == kMma ? (c.hd == 64 ? attention_forward_64 : attention_forward_128) : c.hd == 64 ? attention_forward_64_wgmma : attention_forward_128_wgmma;
+			emu::launch(d3(n, c.kv), d3(128), (c.hd == 64 ? 40960 : 81920) + (kind == kWgmma ? kAligning : 0), [&] {
 				f(out, lse, r.q.p, r.k.p, r.v.p, r.pk.p, r.pv.p, r.q.stride, r.k.stride, r.v.stride, r.pk.stride, r.pv.stride, items, part_o, part_ml, c.part_rows, c.h, c.kv, scale);
 			});
 		} else {
@@ -120,19 +125,20 @@ void check_forward(Check &check, const Case &c, double stored, const Reference &
 	}
 }
 
-void backward(Check &check, const Case &c, bool fast, int t, const bf16 *qkv, const bf16 *dout, Buf<bf16> &out, Buf<float> &lse, Buf<bf16> &dqkv) {
+void backward(Check &check, const Case &c, Kind kind, int t, const bf16 *qkv, const bf16 *dout, Buf<bf16> &out, Buf<float> &lse, Buf<bf16> &dqkv) {
 	Buf<int> tiles(c.tiles), order(c.order), works(c.works), ranges(c.ranges), splits(c.splits);
 	Buf<float> delta(size_t(t) * c.h), part(size_t(c.slots) * c.kv * 2 * 64 * c.hd);
 	float scale = float(1 / sqrt(double(c.hd)));
 	i64 rows = i64(t) * c.h;
 	unsigned n = unsigned(works.n / 8), m = unsigned(order.n);
 	size_t smem_dkv = c.hd == 64 ? 50688 : 99840, smem_dq = c.hd == 64 ? 49152 : 98304;
+	if (kind == kWgmma) smem_dq += kAligning, smem_dkv += c.hd == 64 ? 512 + kAligning : 0;
 	run(check, {dqkv}, [&] {
 		emu::launch(d3(up(dqkv.n * 2, 4096)), d3(256), 0, [&] { zero_bytes(reinterpret_cast<u8 *>(dqkv.p), i64(dqkv.n) * 2); });
 		emu::launch(d3(up(rows, 16)), d3(128), 0, [&] { attention_delta(delta, dout, out, rows, c.hd); });
-		if (fast) {
-			auto dkv = c.hd == 64 ? attention_dkv_64 : attention_dkv_128;
-			auto dq = c.hd == 64 ? attention_dq_64 : attention_dq_128;
+		if (kind != kPlain) {
+			auto dkv = c.hd == 128 ? attention_dkv_128 : kind == kMma ? attention_dkv_64 : attention_dkv_64_wgmma;
+			auto dq = kind == kMma ? (c.hd == 64 ? attention_dq_64 : attention_dq_128) : c.hd == 64 ? attention_dq_64_wgmma : attention_dq_128_wgmma;
 			emu::launch(d3(n, c.kv), d3(128), smem_dkv, [&] { dkv(dqkv, part, qkv, dout, lse, delta, works, ranges, tiles, c.h, c.kv, scale); });
 			emu::launch(d3(m, c.kv), d3(128), smem_dq, [&] { dq(dqkv, qkv, dout, lse, delta, tiles, order, c.h, c.kv, scale); });
 		} else {
@@ -184,12 +190,20 @@ void check_backward(Check &check, const Case &c, double stored, int t, const Ref
 	for (size_t i = 0; i < want.size(); i++) check.near(what, i, widen(dqkv[i]), want[i], rel * mag[i] + kUBf16 * std::abs(want[i]));
 }
 
+template <class T>
+void equal_bits(Check &c, const std::string &what, const Buf<T> &got, const Buf<T> &want) {
+	if (got.bytes() == want.bytes()) return;
+	for (size_t i = 0; i < got.n; i++)
+		if (memcmp(got.p + i, want.p + i, sizeof(T))) c.fail(what + "[" + std::to_string(i) + "] is " + std::to_string(widen(got.p[i])) + ", by mma.sync " + std::to_string(widen(want.p[i])));
+}
+
 } // namespace
 
 TEST(attention_training) {
 	for (auto &s : read_cases()) {
 		if (!s.backward) continue;
 		bool fast = (s.hd == 64 || s.hd == 128) && !flush_mode();
+		Kind kind = fast ? kMma : kPlain;
 		if (flush_mode() && s.h * s.hd > 600) continue; // the plain kernels are slow here
 		int t = 0, w = (s.h + 2 * s.kv) * s.hd;
 		for (size_t x = 0; x < s.segments.size(); x += 6) t = std::max(t, s.segments[x] + s.segments[x + 1]);
@@ -202,10 +216,19 @@ TEST(attention_training) {
 		Rows k = {qkv.p + s.h * s.hd, w}, v = {qkv.p + (s.h + s.kv) * s.hd, w};
 		Reference r{s, {qkv.p, w}, k, v, k, v};
 		double stored = fast ? 2 * kUBf16 : 0; // p and ds as bf16 operands
-		forward(c, s, fast, r, out, lse);
+		forward(c, s, kind, r, out, lse);
 		check_forward(c, s, stored, r, out, lse);
-		backward(c, s, fast, t, qkv, dout, out, lse, dqkv);
+		backward(c, s, kind, t, qkv, dout, out, lse, dqkv);
 		check_backward(c, s, stored, t, r, dout, out, lse, dqkv);
+		if (fast) { // wgmma adds in the order of mma.sync
+			Buf<bf16> out2(out.n), dqkv2(dqkv.n);
+			Buf<float> lse2(lse.n);
+			forward(c, s, kWgmma, r, out2, lse2);
+			backward(c, s, kWgmma, t, qkv, dout, out2, lse2, dqkv2);
+			equal_bits(c, s.label() + " wgmma out", out2, out);
+			equal_bits(c, s.label() + " wgmma lse", lse2, lse);
+			equal_bits(c, s.label() + " wgmma dqkv", dqkv2, dqkv);
+		}
 
 		// NaN in one group's rows leaves every bit of the others alone.
 		if (s.segments.size() < 12) continue;
@@ -215,14 +238,14 @@ TEST(attention_training) {
 		int from = last[0], to = last[0] + last[1];
 		for (int i = from * w; i < to * w; i++) qkv[i] = kNaN;
 		for (int i = from * s.h * s.hd; i < to * s.h * s.hd; i++) dout[i] = kNaN;
-		forward(c, s, fast, r, out, lse);
+		forward(c, s, kind, r, out, lse);
 		std::string what = s.label() + " beside NaN: ", what_out = what + "out", what_d = what + "dqkv";
 		for (i64 i = 0; i < t * s.h * s.hd; i++) {
 			bool inside = i >= from * s.h * s.hd && i < to * s.h * s.hd;
 			c.equal(what_out, i, widen(out[i]), inside ? double(NAN) : widen(out_before[i]));
 		}
 		if (last[5]) continue; // its prefix's gradients are NaN as well
-		backward(c, s, fast, t, qkv, dout, out, lse, dqkv);
+		backward(c, s, kind, t, qkv, dout, out, lse, dqkv);
 		for (i64 i = 0; i < from * w; i++) c.equal(what_d, i, widen(dqkv[i]), widen(d_before[i]));
 	}
 }
@@ -249,8 +272,14 @@ TEST(attention_cache) {
 			for (int i = 0; i < own * k_stride; i++)
 				if (!seen[i / k_stride]) cache[i] = kNaN;
 			Reference r{s, {q.p, q_stride}, {cache.p, k_stride}, {cache.p + s.kv * s.hd + pad, k_stride}, {keys.p, p_stride}, {values.p, p_stride}};
-			forward(c, s, fast, r, out, lse);
+			forward(c, s, fast ? kMma : kPlain, r, out, lse);
 			check_forward(c, s, fast ? 2 * kUBf16 : 0, r, out, lse);
+			if (!fast) continue;
+			Buf<bf16> out2(out.n);
+			Buf<float> lse2(lse.n);
+			forward(c, s, kWgmma, r, out2, lse2);
+			equal_bits(c, s.label() + " wgmma out", out2, out);
+			equal_bits(c, s.label() + " wgmma lse", lse2, lse);
 		}
 	}
 }

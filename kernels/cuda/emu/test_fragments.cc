@@ -107,6 +107,71 @@ TEST(attention_fragments) {
 		for (int r = 0; r < 64; r++) c.equal("token_of", r, token_of(r, group_of(size)), r / size);
 }
 
+// wgmma64 on tiles as attention.cuh lays them out. The accumulator's layout is the ISA's for
+// m64n64: row 16·warp + groupID (+8), column 8·n + 2·threadID_in_group (+1).
+template <int D>
+static void warpgroup_products(Check &c) {
+	std::vector<int> a(64 * 64), b(64 * D);
+	for (auto &x : a) x = c.below(17) - 8;
+	for (auto &x : b) x = c.below(17) - 8;
+	std::vector<bf16> source(64 * D);
+	for (size_t i = 0; i < source.size(); i++) source[i] = to_bf16(b[i]);
+	Buf<bf16> from(source);
+	if (uintptr_t(from.p) % 16) return;
+	emu::launch(d3(1), d3(128), 64 * D * 2 + 1008, [&] {
+		TR_DYNAMIC(unsigned char, memory);
+		bf16 *tile = reinterpret_cast<bf16 *>(swizzle_aligned(memory));
+		int t = int(threadIdx.x), warp = t / 32, l = t % 32;
+		load_stacked<D>(tile, from.p, D, 64, group_of(1));
+		cp_async_commit();
+		cp_async_wait<0>();
+		fence_async();
+		__syncthreads();
+		for (int panel = 0; panel < D / 64; panel++) {
+			float plain[8][4], trans[8][4]; // a[64,64]·tile[n,k], and a[64,64]·tile[k,n]
+			unsigned fa[4][4];
+			for (int k = 0; k < 4; k++)
+				for (int r = 0; r < 4; r++)
+					fa[k][r] = two(a[(16 * warp + a_row(l, 2 * r)) * 64 + 16 * k + a_column(l, 2 * r)], a[(16 * warp + a_row(l, 2 * r + 1)) * 64 + 16 * k + a_column(l, 2 * r + 1)]);
+			for (auto &x : trans)
+				for (auto &y : x) y = 5;
+			bf16 *p = tile + panel * 64 * 64;
+			wgmma_begin(plain, trans);
+			for (int k = 0; k < 4; k++) {
+				if (k == 0) wgmma64<false, false>(plain, fa[k], describe(p + 16 * k));
+				else wgmma64<false, true>(plain, fa[k], describe(p + 16 * k));
+				wgmma64<true, true>(trans, fa[k], describe(p + 16 * 64 * k));
+			}
+			c.equal("in the background", t, plain[0][0], NAN);
+			wgmma_end(plain, trans);
+			for (int n = 0; n < 8; n++)
+				for (int i = 0; i < 4; i++) {
+					int row = 16 * warp + c_row(l, i), column = 8 * n + c_column(l, i);
+					double want = 0, want_trans = 5;
+					for (int k = 0; k < 64; k++) want += a[row * 64 + k] * b[column * D + panel * 64 + k], want_trans += a[row * 64 + k] * b[k * D + panel * 64 + column];
+					c.equal("wgmma", row * 64 + column, plain[n][i], want);
+					c.equal("wgmma trans", row * 64 + column, trans[n][i], want_trans);
+				}
+		}
+		// A second copy is not seen before the fence and the barrier.
+		__syncthreads();
+		load_stacked<D>(tile, from.p, D, 64, group_of(1));
+		cp_async_commit();
+		cp_async_wait<0>();
+		__syncthreads();
+		float x[8][4];
+		unsigned ones[4] = {two(1, 1), two(1, 1), two(1, 1), two(1, 1)};
+		wgmma_begin(x);
+		wgmma64<false, false>(x, ones, describe(tile));
+		wgmma_end(x);
+		c.equal("without fence_async", t, x[0][0], NAN);
+	});
+}
+TEST(wgmma_fragments) {
+	warpgroup_products<64>(c);
+	warpgroup_products<128>(c);
+}
+
 // A NaN as a card's arithmetic makes it stays one in the weight, and in its master.
 TEST(master_not_a_number) {
 	for (unsigned bits : {0x7fffffffu, 0xffffffffu, 0x7fc00000u, 0x7fff8000u, 0x7fff7fffu}) {
