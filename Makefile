@@ -175,7 +175,7 @@ cuda-emulated-card: # the kernels, and the device with them, in arithmetic that 
 ifeq ($(shell uname -m),x86_64)
 	$(MAKE) -C kernels/cuda/emu test ARITHMETIC=card
 	kernels/cuda/emulator/build.sh out/emulator-card card
-	TRAINERD_EMULATOR=$(CURDIR)/out/emulator-card $(CUDA_GO) test -tags cudaemu -count=1 -timeout 10m -run '^(TestEmulated|TestModels|TestMaster|TestProfiledStep)$$' ./kernels/cuda
+	TRAINERD_EMULATOR=$(CURDIR)/out/emulator-card $(CUDA_GO) test -tags cudaemu -count=1 -timeout 10m -run '^(TestEmulated|TestEmulatedWgmma|TestModels|TestMaster|TestProfiledStep)$$' ./kernels/cuda
 else
 	@echo "note: a card's arithmetic is emulated on x86 only"
 endif

@@ -13,20 +13,21 @@ import (
 
 // KernelResult is one line of output of Kernels: an operation at one of the sizes of a load.
 type KernelResult struct {
-	Name    string  `json:"name"`
-	Device  string  `json:"device"`
-	Workers int     `json:"workers"`
-	Model   string  `json:"shape"`
-	Load    string  `json:"load"`
-	Op      string  `json:"op"`
-	Sizes   string  `json:"sizes"`
-	Calls   int     `json:"calls"` // in a step of the load as one micro-batch; 0: none
-	Seconds float64 `json:"s"`     // of one call
-	GBs     float64 `json:"gb_s,omitempty"`
-	TFLOPS  float64 `json:"tflop_s,omitempty"`
-	Bound   string  `json:"bound,omitempty"` // memory or compute: which ceiling its floor comes from; none for transfers and the host
-	Share   float64 `json:"share,omitempty"` // floor / time
-	Extra   int64   `json:"extra_bytes,omitempty"`
+	Name      string  `json:"name"`
+	Device    string  `json:"device"`
+	Workers   int     `json:"workers"`
+	Model     string  `json:"shape"`
+	Load      string  `json:"load"`
+	Op        string  `json:"op"`
+	Sizes     string  `json:"sizes"`
+	Attention string  `json:"attention,omitempty"`
+	Calls     int     `json:"calls"` // in a step of the load as one micro-batch; 0: none
+	Seconds   float64 `json:"s"`     // of one call
+	GBs       float64 `json:"gb_s,omitempty"`
+	TFLOPS    float64 `json:"tflop_s,omitempty"`
+	Bound     string  `json:"bound,omitempty"` // memory or compute: which ceiling its floor comes from; none for transfers and the host
+	Share     float64 `json:"share,omitempty"` // floor / time
+	Extra     int64   `json:"extra_bytes,omitempty"`
 }
 
 // KernelsOptions say what Kernels measures.
@@ -98,7 +99,7 @@ func Kernels(ctx context.Context, dev kernels.Device, o KernelsOptions, emit fun
 // measure runs one case on sets of buffers in turn.
 func (c *kernelCase) measure(ctx context.Context, m *meter, ceilings Ceilings) (KernelResult, error) {
 	info := m.dev.Info()
-	r := KernelResult{Name: "kernel", Device: info.Name, Workers: info.Workers, Op: c.op, Sizes: c.sizes, Calls: c.calls, Extra: c.scratch}
+	r := KernelResult{Name: "kernel", Device: info.Name, Workers: info.Workers, Op: c.op, Sizes: c.sizes, Attention: attention(m.dev), Calls: c.calls, Extra: c.scratch}
 	sets := min(max(int(coldBytes/max(c.touched(), 1)), 1), m.sets)
 	for sets > 1 && int64(sets)*c.touched() > info.MemFree/2 {
 		sets--

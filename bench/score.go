@@ -16,6 +16,7 @@ type ScoreResult struct {
 	Workers     int     `json:"workers"`
 	Shape       string  `json:"shape"`
 	Load        string  `json:"load"`
+	Attention   string  `json:"attention,omitempty"`
 	Rollouts    int     `json:"rollouts"`
 	Tokens      int     `json:"tokens"` // computed: each prompt once
 	Seconds     float64 `json:"s"`      // median
@@ -35,7 +36,7 @@ func Score(ctx context.Context, dev kernels.Device, o StepOptions) (ScoreResult,
 		return ScoreResult{}, err
 	}
 	info, flops := dev.Info(), UsefulForwardFLOPs(cfg, l)
-	r := ScoreResult{Name: "score", Impl: "trainerd", Device: info.Name, Workers: info.Workers, Shape: o.Shape, Load: o.Load, Rollouts: l.Rollouts(), Tokens: l.Tokens()}
+	r := ScoreResult{Name: "score", Impl: "trainerd", Device: info.Name, Workers: info.Workers, Shape: o.Shape, Load: o.Load, Attention: attention(dev), Rollouts: l.Rollouts(), Tokens: l.Tokens()}
 	if o.Floor {
 		if r.Floor, err = newFloor(ctx, dev, flops, l.Rollouts()); err != nil {
 			return r, err

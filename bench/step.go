@@ -20,6 +20,7 @@ type StepResult struct {
 	Workers     int          `json:"workers"`
 	Shape       string       `json:"shape"`
 	Load        string       `json:"load"`
+	Attention   string       `json:"attention,omitempty"` // wgmma; absent: the card's mma, or the CPU's
 	Rollouts    int          `json:"rollouts"`
 	StepSeconds float64      `json:"step_s"` // median
 	RolloutsS   float64      `json:"rollouts_s"`
@@ -109,6 +110,9 @@ func (o StepOptions) check() (model.Config, Load, error) {
 	return cfg, l, nil
 }
 
+// attention is what a result says of the device's attention kernels.
+func attention(dev kernels.Device) string { return kernels.FingerprintOf(dev).Attention }
+
 // Step times whole SA-GRPO steps (forward, loss, backward, clip, AdamW) of a
 // randomly initialised model and returns the median after one warm-up. Rewards
 // and tokens are seeded; the sampler's log-probs are -12 as in torch_baseline.py.
@@ -118,7 +122,7 @@ func Step(ctx context.Context, dev kernels.Device, o StepOptions) (StepResult, e
 		return StepResult{}, err
 	}
 	info, flops := dev.Info(), UsefulFLOPs(cfg, l)
-	r := StepResult{Name: "step", Impl: "trainerd", Device: info.Name, Workers: info.Workers, Shape: o.Shape, Load: o.Load, Rollouts: l.Rollouts()}
+	r := StepResult{Name: "step", Impl: "trainerd", Device: info.Name, Workers: info.Workers, Shape: o.Shape, Load: o.Load, Attention: attention(dev), Rollouts: l.Rollouts()}
 	if o.Floor {
 		if r.Floor, err = newFloor(ctx, dev, flops, l.Rollouts()); err != nil {
 			return r, err

@@ -45,6 +45,7 @@ type Fingerprint struct {
 	DriverRelease string `json:"driver_release"`
 	CublasLt      string `json:"cublaslt"`
 	Algorithms    string `json:"algorithms"`
+	Attention     string `json:"attention"`
 	Choices       int    `json:"choices"`
 	ChoicesSHA256 string `json:"choices_sha256"`
 }

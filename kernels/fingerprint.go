@@ -25,6 +25,7 @@ type Fingerprint struct {
 	DriverRelease string `json:"driver_release,omitempty"` // "580.65.06"; empty where the system does not tell
 	CublasLt      string `json:"cublaslt,omitempty"`       // "13.1.0"
 	Algorithms    string `json:"algorithms,omitempty"`     // how those of matrix products are chosen: "timed" or "first"
+	Attention     string `json:"attention,omitempty"`      // "wgmma" where a card's attention uses products of warpgroups
 	// Choices are the algorithms that were timed so far, by class of products. A
 	// device only adds to them; a class that is not there was not met.
 	Choices map[string]string `json:"choices,omitempty"`
@@ -66,7 +67,7 @@ func (f Fingerprint) Since(was Fingerprint) []Difference {
 	for _, x := range []Difference{
 		{"device", was.Device, f.Device}, {"card", was.Card, f.Card}, {"instructions", was.Instructions, f.Instructions},
 		{"driver", was.Driver, f.Driver}, {"driver_release", was.DriverRelease, f.DriverRelease},
-		{"cublaslt", was.CublasLt, f.CublasLt}, {"algorithms", was.Algorithms, f.Algorithms},
+		{"cublaslt", was.CublasLt, f.CublasLt}, {"algorithms", was.Algorithms, f.Algorithms}, {"attention", was.Attention, f.Attention},
 	} {
 		if x.Was != x.Is {
 			out = append(out, x)

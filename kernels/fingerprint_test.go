@@ -31,6 +31,7 @@ func TestFingerprintDifferences(t *testing.T) {
 		{"driver's release", with(func(f *Fingerprint) { f.DriverRelease = "580.1" }), []Difference{{"driver_release", "", "580.1"}}},
 		{"cublaslt", with(func(f *Fingerprint) { f.CublasLt = "13.2.0" }), []Difference{{"cublaslt", "13.1.0", "13.2.0"}}},
 		{"algorithms", with(func(f *Fingerprint) { f.Algorithms = "first" }), []Difference{{"algorithms", "timed", "first"}}},
+		{"attention", with(func(f *Fingerprint) { f.Attention = "wgmma" }), []Difference{{"attention", "", "wgmma"}}},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			if diff := cmp.Diff(c.want, c.is.Since(was)); diff != "" {

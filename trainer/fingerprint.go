@@ -47,6 +47,7 @@ type Fingerprint struct {
 	DriverRelease string `json:"driver_release,omitempty"`
 	CublasLt      string `json:"cublaslt,omitempty"`
 	Algorithms    string `json:"algorithms,omitempty"`
+	Attention     string `json:"attention,omitempty"`
 	Choices       int    `json:"choices,omitempty"`
 	ChoicesSHA256 string `json:"choices_sha256,omitempty"`
 }
@@ -56,7 +57,7 @@ func (f *fingerprint) shown() *Fingerprint {
 		return nil
 	}
 	return &Fingerprint{Engine: f.Engine, Device: f.Device, Card: f.Card, Instructions: f.Instructions, Driver: f.Driver, DriverRelease: f.DriverRelease,
-		CublasLt: f.CublasLt, Algorithms: f.Algorithms, Choices: len(f.Choices), ChoicesSHA256: f.ChoicesSHA256()}
+		CublasLt: f.CublasLt, Algorithms: f.Algorithms, Attention: f.Attention, Choices: len(f.Choices), ChoicesSHA256: f.ChoicesSHA256()}
 }
 
 // extra is what a manifest says of it: strings, whose order in JSON is the same
@@ -66,7 +67,7 @@ func (f *fingerprint) extra() map[string]any {
 	out := map[string]any{}
 	for name, v := range map[string]string{
 		"device": f.Device, "card": f.Card, "instructions": f.Instructions, "driver": f.Driver, "driver_release": f.DriverRelease,
-		"cublaslt": f.CublasLt, "algorithms": f.Algorithms, "choices_sha256": f.ChoicesSHA256(),
+		"cublaslt": f.CublasLt, "algorithms": f.Algorithms, "attention": f.Attention, "choices_sha256": f.ChoicesSHA256(),
 	} {
 		if v != "" {
 			out[name] = v

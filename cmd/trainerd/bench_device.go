@@ -10,12 +10,14 @@ import (
 	"github.com/spf13/cobra"
 
 	"trainerd/bench"
+	"trainerd/internal/fault"
 	"trainerd/kernels"
 )
 
 // benchDevice are the flags that all benchmarks of a device have.
 type benchDevice struct {
 	device           string
+	attention        string
 	workers, repeats int
 }
 
@@ -27,12 +29,16 @@ func (b *benchDevice) flags(c *cobra.Command) {
 // deviceFlags are all but repeats, for what repeats by a budget of time.
 func (b *benchDevice) deviceFlags(c *cobra.Command) {
 	c.Flags().StringVar(&b.device, "device", "auto", "cpu, cuda:N or auto")
+	c.Flags().StringVar(&b.attention, "attention", attentionMMA, "mma or wgmma, as the server's cuda_attention")
 	c.Flags().IntVar(&b.workers, "workers", 0, "CPU workers; 0: one per core")
 }
 
 // on runs f on the device.
 func (b *benchDevice) on(f func(kernels.Device) error) error {
-	dev, err := openDevice(b.device, b.workers)
+	if b.attention != attentionMMA && b.attention != attentionWgmma {
+		return fault.BadField("attention", b.attention, attentionMMA+" or "+attentionWgmma)
+	}
+	dev, err := openDeviceWith(b.device, b.workers, deviceOptions{attention: b.attention})
 	if err != nil {
 		return err
 	}

@@ -29,6 +29,7 @@ type Config struct {
 	Device  string `json:"device" help:"cpu, cuda:N or auto"`
 	Workers int    `json:"workers" help:"workers of the CPU device; 0: one per core"`
 
+	CUDAAttention  string `json:"cuda_attention" help:"products in CUDA's attention kernels: mma (every card) or wgmma (compute capability 9.0 alone; not yet run on a card)"`
 	CUDAAlgorithms string `json:"cuda_algorithms" help:"how matrix products on CUDA choose among cuBLASLt's algorithms: timed (once per kind, kept in the data directory) or first (the library's favourite)"`
 
 	DeviceMemory int64    `json:"device_memory" help:"most bytes that models take on the device together; 0: what it has free at the start"`
@@ -87,6 +88,7 @@ func DefaultConfig() Config {
 		Tracing:      defaultTracing(),
 		MaxBodyBytes: 256 << 20, MaxBatchRows: 1 << 16, MaxBatchTokens: 64 << 20,
 		MaxQueueRows: 1 << 20, MaxQueueTokens: 512 << 20, MaxQueueBytes: 2 << 30, MaxCaptureBytes: 8 << 30,
+		CUDAAttention:  attentionMMA,
 		CUDAAlgorithms: algorithmsTimed,
 		SwapMemory:     -1, SwapHold: Duration(10 * time.Second),
 		Shutdown: Duration(60 * time.Second),
@@ -319,6 +321,8 @@ func (c Config) Validate() error {
 		return fault.BadField("data", c.Data, "a directory")
 	case c.CUDAAlgorithms != algorithmsTimed && c.CUDAAlgorithms != algorithmsFirst:
 		return fault.BadField("cuda_algorithms", c.CUDAAlgorithms, algorithmsTimed+" or "+algorithmsFirst)
+	case c.CUDAAttention != attentionMMA && c.CUDAAttention != attentionWgmma:
+		return fault.BadField("cuda_attention", c.CUDAAttention, attentionMMA+" or "+attentionWgmma)
 	case c.Workers < 0:
 		return fault.BadField("workers", c.Workers, "0 or more")
 	case c.DeviceMemory < 0:

@@ -54,7 +54,7 @@ func TestConfigLayers(t *testing.T) {
 func TestEveryMemberIsReached(t *testing.T) {
 	d := DefaultConfig()
 	for _, m := range membersOf(&d) {
-		text := map[string]string{"listen": "127.0.0.2:1", "insecure": "true", "s3_path_style": "false", "cuda_algorithms": "first",
+		text := map[string]string{"listen": "127.0.0.2:1", "insecure": "true", "s3_path_style": "false", "cuda_algorithms": "first", "cuda_attention": "wgmma",
 			"trace_endpoint": "http://127.0.0.1:4318", "trace_sample": "0.5"}[m.name]
 		_, duration := m.target.Interface().(Duration)
 		switch {
@@ -119,6 +119,7 @@ func TestConfigRefuses(t *testing.T) {
 		{"no data", "", nil, []string{"--data", ""}, []string{"data", "directory"}},
 		{"negative workers", "", nil, []string{"--workers", "-1"}, []string{"workers", "-1"}},
 		{"algorithms by chance", "", nil, []string{"--cuda-algorithms", "luck"}, []string{"cuda_algorithms", "luck", "timed or first"}},
+		{"attention by hand", "", nil, []string{"--cuda-attention", "hand"}, []string{"cuda_attention", "hand", "mma or wgmma"}},
 		{"negative peak", "", nil, []string{"--peak-tflops", "-1"}, []string{"peak_tflops"}},
 		{"peak that is no number", "", nil, []string{"--peak-tflops", "NaN"}, []string{"peak_tflops"}},
 		{"no body", "", nil, []string{"--max-body-bytes", "0"}, []string{"max_body_bytes"}},
@@ -188,13 +189,15 @@ func TestObjectStoreIsItsOwn(t *testing.T) {
 	}
 }
 
-// TestAlgorithmsOfTheCPU: a setting that nobody would use is refused.
-func TestAlgorithmsOfTheCPU(t *testing.T) {
-	if d, err := openDeviceWith("cpu", 0, deviceOptions{algorithms: algorithmsFirst}); err == nil || !strings.Contains(err.Error(), "cuda_algorithms") {
-		if err == nil {
-			d.Close()
+// TestCUDASettingsOfTheCPU: a setting that nobody would use is refused.
+func TestCUDASettingsOfTheCPU(t *testing.T) {
+	for name, o := range map[string]deviceOptions{"cuda_algorithms": {algorithms: algorithmsFirst}, "cuda_attention": {attention: attentionWgmma}} {
+		if d, err := openDeviceWith("cpu", 0, o); err == nil || !strings.Contains(err.Error(), name) {
+			if err == nil {
+				d.Close()
+			}
+			t.Errorf("%+v on the CPU gives %v", o, err)
 		}
-		t.Errorf("cuda_algorithms=first on the CPU gives %v", err)
 	}
 }
 

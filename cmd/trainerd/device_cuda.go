@@ -13,7 +13,7 @@ import (
 const cudaBuilt = true
 
 func openCUDA(n int, o deviceOptions) (kernels.Device, error) {
-	options := cuda.Options{Timed: o.algorithms != algorithmsFirst}
+	options := cuda.Options{Timed: o.algorithms != algorithmsFirst, Attention: o.attention}
 	if o.data != "" {
 		options.Choices = filepath.Join(o.data, "cuda-algorithms.json")
 	}

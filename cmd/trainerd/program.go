@@ -44,16 +44,23 @@ const (
 	algorithmsFirst = "first"
 )
 
+// Values of cuda_attention, as kernels/cuda has them.
+const (
+	attentionMMA   = "mma"
+	attentionWgmma = "wgmma"
+)
+
 // deviceOptions are what a device is opened with beside its name; the zero value serves benchmarks.
 type deviceOptions struct {
 	memory     int64  // of the CPU device; 0: what the host has
 	algorithms string // of CUDA: cuda_algorithms; "" is algorithmsTimed
+	attention  string // of CUDA: cuda_attention; "" is attentionMMA
 	data       string // directory that keeps what was timed; "": nowhere
 }
 
 // deviceOptions are the server's.
 func (c Config) deviceOptions() deviceOptions {
-	return deviceOptions{memory: c.DeviceMemory, algorithms: c.CUDAAlgorithms, data: c.Data}
+	return deviceOptions{memory: c.DeviceMemory, algorithms: c.CUDAAlgorithms, attention: c.CUDAAttention, data: c.Data}
 }
 
 // openDevice opens "cpu" or "cuda:N"; "auto" takes the first CUDA device there
@@ -66,15 +73,19 @@ func openDeviceWith(name string, workers int, o deviceOptions) (kernels.Device, 
 	if name == "cpu" && o.algorithms == algorithmsFirst {
 		return nil, fault.BadField("cuda_algorithms", o.algorithms, algorithmsTimed+": the device cpu has none to choose from")
 	}
+	if o.attention == attentionWgmma && (name == "cpu" || name == "auto" && !cudaBuilt) {
+		return nil, fault.BadField("cuda_attention", o.attention, attentionMMA+": wgmma is a CUDA card's, and the device is the CPU")
+	}
 	switch {
 	case name == "cpu", name == "auto" && !cudaBuilt:
 		return cpu.New(workers, cpu.Memory(o.memory))
 	case name == "auto":
-		if d, err := openCUDA(0, o); err == nil {
-			if workers > 0 {
-				return nil, errors.Join(fault.BadField("workers", workers, "0, or the device cpu: auto found a CUDA device"), d.Close())
-			}
-			return d, nil
+		d, err := openCUDA(0, o)
+		switch {
+		case err == nil && workers > 0:
+			return nil, errors.Join(fault.BadField("workers", workers, "0, or the device cpu: auto found a CUDA device"), d.Close())
+		case err == nil || o.attention == attentionWgmma:
+			return d, err
 		}
 		return cpu.New(workers, cpu.Memory(o.memory))
 	case strings.HasPrefix(name, "cuda:"):

@@ -1,9 +1,11 @@
 package cuda
 
 import (
+	"fmt"
 	"math"
 	"slices"
 
+	"trainerd/internal/fault"
 	"trainerd/kernels"
 	"trainerd/kernels/internal/seal"
 )
@@ -118,20 +120,49 @@ func aligned(hd int, at []address, strides ...int) bool {
 	return true
 }
 
+// Values of Options.Attention: which products the tensor-core attention kernels use.
+const (
+	AttentionMMA   = "mma"   // mma.sync, on every card
+	AttentionWgmma = "wgmma" // of warpgroups, on compute capability 9.0 alone
+)
+
+// chooseAttention takes the option, where the card has what it names.
+func (d *Device) chooseAttention(c driver, o Options) error {
+	const field = "cuda_attention"
+	switch o.Attention {
+	case "", AttentionMMA:
+	case AttentionWgmma:
+		if !c.has("attention_forward_64_wgmma") {
+			return fault.BadField(field, o.Attention, fmt.Sprintf("%s: wgmma needs compute capability 9.0, and there is no such kernel for %s (%s)", AttentionMMA, d.info.Name, d.info.Model))
+		}
+		d.wgmma = true
+	default:
+		return fault.BadField(field, o.Attention, AttentionMMA+" or "+AttentionWgmma)
+	}
+	return nil
+}
+
 // attentionKernel returns the kernel of a family for a head dimension, its dynamic
 // shared memory and what its parameters end with.
-func attentionKernel(family string, hd int, fast bool) (name string, shared int, tail []any) {
+func (d *Device) attentionKernel(family string, hd int, fast bool) (name string, shared int, tail []any) {
 	if !fast {
 		return family + "_simple", 0, []any{int32(hd)}
 	}
 	shared = map[string]int{"attention_forward": 40960, "attention_dkv": 50688, "attention_dq": 49152}[family]
-	if hd == 64 {
-		return family + "_64", shared, nil
+	name = family + "_64"
+	if hd == 128 {
+		name, shared = family+"_128", 2*shared
+		if family == "attention_dkv" {
+			return name, 99840, nil // the numbers of a query tile's rows do not grow with it, and there is no other kernel
+		}
 	}
-	if family == "attention_dkv" {
-		return family + "_128", 99840, nil
+	if d.wgmma {
+		name, shared = name+"_wgmma", shared+1008 // tiles start at a multiple of 1,024 bytes
+		if family == "attention_dkv" {
+			shared += 512 // two stages end at one
+		}
 	}
-	return family + "_128", 2 * shared, nil
+	return name, shared, nil
 }
 
 // maxHeadDim is the widest head of the simple kernels.
@@ -178,7 +209,7 @@ func (d *Device) Attention(x kernels.Attention) {
 		partML = x.Scratch.Alloc(kernels.F32, x.KV*s.PartRows*2).(*buffer).at
 	}
 	fast := aligned(x.HD, []address{out, q, k, v, pk, pv}, x.Q.Stride, x.K.Stride, x.V.Stride, x.PK.Stride, x.PV.Stride)
-	kernel, shared, tail := attentionKernel("attention_forward", x.HD, fast)
+	kernel, shared, tail := d.attentionKernel("attention_forward", x.HD, fast)
 	args := append([]any{
 		out, lse, q, k, v, pk, pv, int32(x.Q.Stride), int32(x.K.Stride), int32(x.V.Stride), int32(x.PK.Stride), int32(x.PV.Stride), parts.items, partO, partML,
 		int32(s.PartRows), int32(x.H), int32(x.KV), softmaxScale(x.HD),
@@ -223,8 +254,8 @@ func (d *Device) AttentionBackward(x kernels.AttentionBackward) {
 	}
 	fast := aligned(x.HD, []address{dqkv, qkv, dout}, w)
 	h, kv, scale := int32(x.H), int32(x.KV), softmaxScale(x.HD)
-	dkv, dkvShared, tail := attentionKernel("attention_dkv", x.HD, fast)
-	dq, dqShared, _ := attentionKernel("attention_dq", x.HD, fast)
+	dkv, dkvShared, tail := d.attentionKernel("attention_dkv", x.HD, fast)
+	dq, dqShared, _ := d.attentionKernel("attention_dq", x.HD, fast)
 	dkvArgs := append([]any{dqkv, part, qkv, dout, lse, delta, parts.works, parts.ranges, parts.tiles, h, kv, scale}, tail...)
 	dqArgs := append([]any{dqkv, qkv, dout, lse, delta, parts.tiles, parts.order, h, kv, scale}, tail...)
 	tiles, works, splits, rows := len(s.Order), len(s.Works)/8, len(s.Splits)/4, x.T*x.H

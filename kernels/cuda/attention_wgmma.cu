@@ -10,14 +10,16 @@
 #include "attention_forward.cuh"
 
 #if defined(TRAINERD_EMU) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
-#define FORWARD(D)                                                                                                                                                         \
-	extern "C" __global__ void __launch_bounds__(128) attention_forward_##D##_wgmma(                                                                                         \
-		bf16 *out, float *lse, const bf16 *q, const bf16 *k, const bf16 *v, const bf16 *pk, const bf16 *pv, int q_stride, int k_stride, int v_stride, int pk_stride,         \
-		int pv_stride, const int *items, float *part_o, float *part_ml, int part_rows, int h, int kv, float scale) {                                                       \
-		attention_forward<D, true>(out, lse, q, k, v, pk, pv, q_stride, k_stride, v_stride, pk_stride, pv_stride, items, part_o, part_ml, part_rows, h, kv, scale);       \
-	}
-FORWARD(64)
-FORWARD(128)
+extern "C" __global__ void __launch_bounds__(128)
+	attention_forward_64_wgmma(bf16 *out, float *lse, const bf16 *q, const bf16 *k, const bf16 *v, const bf16 *pk, const bf16 *pv, int q_stride, int k_stride,
+                               int v_stride, int pk_stride, int pv_stride, const int *items, float *part_o, float *part_ml, int part_rows, int h, int kv, float scale) {
+	attention_forward<64, true>(out, lse, q, k, v, pk, pv, q_stride, k_stride, v_stride, pk_stride, pv_stride, items, part_o, part_ml, part_rows, h, kv, scale);
+}
+extern "C" __global__ void __launch_bounds__(128)
+	attention_forward_128_wgmma(bf16 *out, float *lse, const bf16 *q, const bf16 *k, const bf16 *v, const bf16 *pk, const bf16 *pv, int q_stride, int k_stride,
+                               int v_stride, int pk_stride, int pv_stride, const int *items, float *part_o, float *part_ml, int part_rows, int h, int kv, float scale) {
+	attention_forward<128, true>(out, lse, q, k, v, pk, pv, q_stride, k_stride, v_stride, pk_stride, pv_stride, items, part_o, part_ml, part_rows, h, kv, scale);
+}
 
 extern "C" __global__ void __launch_bounds__(128)
 	attention_dkv_64_wgmma(bf16 *dqkv, float *part, const bf16 *qkv, const bf16 *dout, const float *lse, const float *delta, const int *works, const int *ranges,

@@ -27,6 +27,29 @@ func open(t *testing.T) *Device {
 
 func TestDevice(t *testing.T) { kerneltest.Run(t, open(t)) }
 
+// TestDeviceWgmma: attention by products of warpgroups, or a refusal that says why not.
+func TestDeviceWgmma(t *testing.T) {
+	d, err := Open(*cardFlag, Options{Attention: AttentionWgmma})
+	if err != nil {
+		if ours := open(t).q; !strings.Contains(err.Error(), "compute capability 9.0") || hasWgmma(ours) {
+			t.Fatal(err)
+		}
+		t.Logf("not on this card: %v", err)
+		return
+	}
+	t.Cleanup(func() { _ = d.Close() })
+	kerneltest.Run(t, d, "attention", "decode")
+	testModels(t, d)
+}
+
+func hasWgmma(q *queue) (has bool) {
+	_ = q.call(command{label: of("memory", ""), run: func(c driver) error {
+		has = c.has("attention_forward_64_wgmma")
+		return nil
+	}})
+	return has
+}
+
 func TestModels(t *testing.T) { testModels(t, open(t)) }
 
 func TestMaster(t *testing.T) { testMaster(t, open(t)) }

@@ -53,6 +53,7 @@ type Device struct {
 	watch                             stopwatch // the owner's alone; made by the first profile
 	choices                           *choices
 	pins                              pins
+	wgmma                             bool // attention by warpgroup products
 }
 
 // Options are what a caller may choose about a card.
@@ -63,6 +64,8 @@ type Options struct {
 	// Choices is the file that keeps what timing chose, so that the next process
 	// on this machine chooses the same; empty: it is forgotten.
 	Choices string
+	// Attention is AttentionMMA, AttentionWgmma, or "" for the former.
+	Attention string
 	// Log gets a warning when the file cannot be used; nil: slog.Default.
 	Log *slog.Logger
 }
@@ -75,12 +78,18 @@ func newDevice(info kernels.Info, o Options, open func() (driver, error)) (*Devi
 	}
 	info.Compute, info.GradType, info.Alignment = kernels.BF16, kernels.F32, alignment
 	d := &Device{q: q, info: info, turns: map[turnsKey]address{}}
-	var failed error
+	var refused, failed error
 	_ = q.call(command{label: of("open", ""), run: func(c driver) error {
-		failed = d.reserveSpace(c)
+		if refused = d.chooseAttention(c, o); refused == nil {
+			failed = d.reserveSpace(c)
+		}
 		d.choices = newChoices(o, info.Model, c.library())
 		return nil
 	}})
+	if refused != nil {
+		_ = d.Close()
+		return nil, refused
+	}
 	if failed != nil {
 		_ = d.Close()
 		return nil, fault.New(fault.Unavailable, "device_unavailable", "open %s (%s): %w", info.Name, info.Model, failed)

@@ -12,6 +12,7 @@ import (
 
 	"gorgonia.org/tensor"
 
+	"trainerd/internal/fault"
 	"trainerd/kernels"
 )
 
@@ -25,6 +26,7 @@ type recorder struct {
 	fail      map[string]error // by kernel
 	room      int64            // bytes that alloc gives in all
 	gone      error            // the error that counts as sticky
+	lacks     bool             // code for this card
 }
 
 type launched struct {
@@ -60,7 +62,7 @@ func (r *recorder) upload(dst address, src []byte) error   { return nil }
 func (r *recorder) mark(int) error                         { return nil }
 func (r *recorder) wait(int) error                         { return nil }
 func (r *recorder) sync() error                            { return nil }
-func (r *recorder) has(string) bool                        { return true }
+func (r *recorder) has(string) bool                        { return !r.lacks }
 func (r *recorder) lost(err error) bool                    { return r.gone != nil && errors.Is(err, r.gone) }
 func (r *recorder) close() error                           { return nil }
 func (r *recorder) download(dst []byte, src address) error {
@@ -90,8 +92,13 @@ func (r *recorder) launch(kernel string, grid, block size2, shared int, args ...
 
 func record(t *testing.T) (*Device, *recorder) {
 	t.Helper()
+	return recordWith(t, Options{})
+}
+
+func recordWith(t *testing.T, o Options) (*Device, *recorder) {
+	t.Helper()
 	r := &recorder{next: 1 << 20, room: 1 << 40, fail: map[string]error{}}
-	d, err := newDevice(kernels.Info{Name: "cuda:0", Model: "recorder"}, Options{}, func() (driver, error) { return r, nil })
+	d, err := newDevice(kernels.Info{Name: "cuda:0", Model: "recorder"}, o, func() (driver, error) { return r, nil })
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -228,8 +235,24 @@ func everything(t *testing.T, d kernels.Device, a kernels.Arena) {
 // TestLaunchesFitTheKernels: every launch names a kernel that exists, with
 // parameters of its kinds in its order, and a block of the size it was compiled for.
 func TestLaunchesFitTheKernels(t *testing.T) {
-	want := signatures(t)
-	d, r := record(t)
+	want, used := signatures(t), map[string]bool{}
+	for _, attention := range []string{AttentionMMA, AttentionWgmma} {
+		t.Run(attention, func(t *testing.T) { launchesFit(t, attention, want, used) })
+	}
+	for k := range want {
+		switch k {
+		case "copy_bytes", "zero_bytes", "split_master", "first_not_finite_f32":
+			// for graphs, tests and diagnosis; no operation needs them
+		default:
+			if !used[k] {
+				t.Errorf("%s was not launched: this test lost it", k)
+			}
+		}
+	}
+}
+
+func launchesFit(t *testing.T, attention string, want map[string]signature, used map[string]bool) {
+	d, r := recordWith(t, Options{Attention: attention})
 	planner := kernels.NewPlanner(d)
 	planned, err := planner.NewArena(0)
 	if err != nil {
@@ -244,7 +267,6 @@ func TestLaunchesFitTheKernels(t *testing.T) {
 	if err := d.Sync(); err != nil {
 		t.Fatal(err)
 	}
-	used := map[string]bool{}
 	for _, l := range r.launches {
 		used[l.kernel] = true
 		s, ok := want[l.kernel]
@@ -263,15 +285,35 @@ func TestLaunchesFitTheKernels(t *testing.T) {
 			t.Errorf("%s is launched on a grid of (%d,%d) with %d bytes of shared memory", l.kernel, l.grid.x, l.grid.y, l.shared)
 		}
 	}
-	for k := range want {
-		switch k {
-		case "copy_bytes", "zero_bytes", "split_master", "first_not_finite_f32":
-			// for graphs, tests and diagnosis; no operation needs them
-		default:
-			if !used[k] {
-				t.Errorf("%s was not launched: this test lost it", k)
+}
+
+// TestAttentionSetting: what the card cannot do is refused by the setting's name, before anything is taken.
+func TestAttentionSetting(t *testing.T) {
+	for _, c := range []struct {
+		set   string
+		lacks bool
+		want  string // in the error; "": none
+		print string
+	}{
+		{"", true, "", ""}, {AttentionMMA, true, "", ""}, {AttentionWgmma, false, "", AttentionWgmma},
+		{AttentionWgmma, true, "compute capability 9.0", ""}, {"hand", false, "expected mma or wgmma", ""},
+	} {
+		r := &recorder{next: 1 << 20, room: 1 << 40, lacks: c.lacks}
+		d, err := newDevice(kernels.Info{Name: "cuda:0", Model: "recorder"}, Options{Attention: c.set}, func() (driver, error) { return r, nil })
+		if c.want != "" {
+			if e, ok := fault.As(err); err == nil || !ok || e.Kind != fault.Invalid || !strings.Contains(err.Error(), "cuda_attention") || !strings.Contains(err.Error(), c.want) || r.room != 1<<40 {
+				t.Errorf("%q (card lacks it: %v) gives %v and takes %d bytes, expected cuda_attention: %s", c.set, c.lacks, err, 1<<40-r.room, c.want)
 			}
+			continue
 		}
+		if err != nil {
+			t.Errorf("%q: %v", c.set, err)
+			continue
+		}
+		if got := d.Fingerprint().Attention; got != c.print {
+			t.Errorf("%q: the fingerprint says %q, expected %q", c.set, got, c.print)
+		}
+		_ = d.Close()
 	}
 }
 

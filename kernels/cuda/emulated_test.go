@@ -44,6 +44,16 @@ func TestEmulated(t *testing.T) {
 	kerneltest.Run(t, emulator(t))
 }
 
+// TestEmulatedWgmma: the same of attention by products of warpgroups.
+func TestEmulatedWgmma(t *testing.T) {
+	if err := setBudget("9e5"); err != nil {
+		t.Fatal(err)
+	}
+	d := emulatorWith(t, Options{Attention: AttentionWgmma})
+	kerneltest.Run(t, d, "attention", "decode")
+	testModels(t, d)
+}
+
 func TestModels(t *testing.T) { testModels(t, emulator(t)) }
 
 func TestMaster(t *testing.T) { testMaster(t, emulator(t)) }

@@ -23,6 +23,9 @@ func (d *Device) Fingerprint() kernels.Fingerprint {
 	if d.choices.timed {
 		f.Algorithms, f.Choices = "timed", *d.choices.seen.Load()
 	}
+	if d.wgmma {
+		f.Attention = AttentionWgmma
+	}
 	return f
 }
 

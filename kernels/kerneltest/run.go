@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"math"
 	"math/rand/v2"
+	"slices"
 	"testing"
 	"time"
 
@@ -21,8 +22,8 @@ var (
 // u32 is the unit roundoff of float32.
 const u32 = 1.0 / (1 << 24)
 
-// Run tests every operation of a device.
-func Run(t *testing.T, dev kernels.Device) {
+// Run tests every operation of a device, or only some groups of them.
+func Run(t *testing.T, dev kernels.Device, only ...string) {
 	seed := *seedFlag
 	if seed == 0 {
 		seed = uint64(time.Now().UnixNano())
@@ -47,6 +48,9 @@ func Run(t *testing.T, dev kernels.Device) {
 		{"advantages", advantageCases},
 		{"optimizer", optimizerCases},
 	} {
+		if len(only) > 0 && !slices.Contains(only, g.name) {
+			continue
+		}
 		t.Run(g.name, func(t *testing.T) {
 			g.run(newEnv(t, dev, rand.New(rand.NewPCG(seed, uint64(i)))))
 		})

@@ -1,5 +1,5 @@
 // A strict stand-in for the driver, libcuda.so.1: the functions that driver_cuda.go
-// and shim.c call, on one card whose memory is the host's and whose kernels run on
+// and shim.c call, on one card of compute capability 9.0 whose memory is the host's and whose kernels run on
 // the emulator. So the program that is built for a card runs without one.
 //
 // A stream does nothing before it is waited for: whoever reuses host memory, or
@@ -32,7 +32,7 @@ extern "C" bool (*emulated_valid)(const void *);
 namespace {
 
 const size_t kMemory = size_t(8) << 30, kPage = 4096;
-const unsigned kSharedDefault = 48 << 10, kSharedMost = 163 << 10; // the most of sm_80
+const unsigned kSharedDefault = 48 << 10, kSharedMost = 163 << 10; // the most of sm_80, so that every kernel may run there
 
 struct Event {
 	bool timing, recorded = false, done = false;
@@ -142,7 +142,7 @@ CUresult cuDeviceGet(CUdevice *d, int n) { return *d = 0, n == 0 ? CUDA_SUCCESS 
 CUresult cuDeviceGetName(char *name, int n, CUdevice) { return snprintf(name, n, "stand-in"), CUDA_SUCCESS; }
 CUresult cuDeviceGetAttribute(int *v, CUdevice_attribute a, CUdevice) {
 	switch (a) {
-	case CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR: *v = 8; break;
+	case CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR: *v = 9; break;
 	case CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR: *v = 0; break;
 	case CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT: *v = 1; break;
 	default: return refuse(CUDA_ERROR_INVALID_VALUE, "attribute %d", int(a));
