@@ -65,9 +65,12 @@ TR_INLINE void attention_dkv(bf16 *dqkv, float *part, const bf16 *qkv, const bf1
 	Cursor cursor = {ranges + 4 * work[2], work[3], 0, 0, 0};
 	cursor.settle();
 
+	// load starts the copy of the next tile and says whether all its rows see all keys of the
+	// block. Rows beyond the tile are zeros and add 0, whatever they see.
 	auto load = [&](int s) {
 		Tile t = read_tile(tiles + 8 * cursor.tile);
 		int rows = t.n * group;
+		bool whole = !cursor.own || t.seen + t.own - key >= kTile;
 		QueryStage<D, kWarpgroup> &x = stages[s];
 		load_stacked<D>(x.q, qkv + static_cast<long long>(t.q) * width + head * group * D, width, rows, by);
 		load_stacked<D>(x.dout, dout + static_cast<long long>(t.q) * h * D + head * group * D, h * D, rows, by);
@@ -83,12 +86,13 @@ TR_INLINE void attention_dkv(bf16 *dqkv, float *part, const bf16 *qkv, const bf1
 		}
 		cp_async_commit();
 		cursor.next();
+		return whole;
 	};
 	const bf16 *k = qkv + static_cast<long long>(key) * width + (h + head) * D, *v = k + kv * D;
 	load_stacked<D>(tile_k, k, width, keys, one);
 	load_stacked<D>(tile_v, v, width, keys, one);
-	bool more = !cursor.done();
-	if (more) load(0);
+	bool more = !cursor.done(), whole = true, next_whole = true;
+	if (more) next_whole = load(0);
 	else cp_async_commit();
 
 	float scale2 = scale * kLog2e;
@@ -104,7 +108,8 @@ TR_INLINE void attention_dkv(bf16 *dqkv, float *part, const bf16 *qkv, const bf1
 	bool first = true;
 	for (int now = 0; more; now ^= 1) {
 		more = !cursor.done();
-		if (more) load(now ^ 1);
+		whole = next_whole;
+		if (more) next_whole = load(now ^ 1);
 		else cp_async_commit();
 		cp_async_wait<1>();
 		if constexpr (kWarpgroup) fence_async();
@@ -151,20 +156,28 @@ TR_INLINE void attention_dkv(bf16 *dqkv, float *part, const bf16 *qkv, const bf1
 						}
 					}
 				}
+				// s becomes p, dp becomes ds. A key that is not seen adds exactly 0, whatever stands in dp.
+				auto weigh = [&](bool masked) {
 #pragma unroll
-				for (int n = 0; n < kColumns / 8; n++) {
+					for (int n = 0; n < kColumns / 8; n++) {
+						int query = half + n * 8 + lane % 4 * 2;
+						float2 lse2 = *reinterpret_cast<const float2 *>(x.lse + query), delta2 = *reinterpret_cast<const float2 *>(x.delta + query);
+						int2 sees2 = masked ? *reinterpret_cast<const int2 *>(x.sees + query) : make_int2(0, 0);
 #pragma unroll
-					for (int i = 0; i < 2; i++) {
-						int query = half + n * 8 + lane % 4 * 2 + i, sees = x.sees[query];
-						float l = x.lse[query] * kLog2e, e = x.delta[query];
-						float pa = a < sees ? fast_exp2(fmaf(s[n][i], scale2, -l)) : 0.0f;
-						float pb = b < sees ? fast_exp2(fmaf(s[n][i + 2], scale2, -l)) : 0.0f;
-						s[n][i] = pa, s[n][i + 2] = pb;
-						// A key that is not seen adds exactly 0, whatever stands in dp.
-						dp[n][i] = a < sees ? pa * (dp[n][i] - e) : 0.0f;
-						dp[n][i + 2] = b < sees ? pb * (dp[n][i + 2] - e) : 0.0f;
+						for (int i = 0; i < 2; i++) {
+							float l = (i ? lse2.y : lse2.x) * kLog2e, e = i ? delta2.y : delta2.x;
+							int sees = i ? sees2.y : sees2.x;
+							bool sees_a = !masked || a < sees, sees_b = !masked || b < sees;
+							float pa = sees_a ? fast_exp2(fmaf(s[n][i], scale2, -l)) : 0.0f;
+							float pb = sees_b ? fast_exp2(fmaf(s[n][i + 2], scale2, -l)) : 0.0f;
+							s[n][i] = pa, s[n][i + 2] = pb;
+							dp[n][i] = sees_a ? pa * (dp[n][i] - e) : 0.0f;
+							dp[n][i + 2] = sees_b ? pb * (dp[n][i + 2] - e) : 0.0f;
+						}
 					}
-				}
+				};
+				if (whole) weigh(false);
+				else weigh(true);
 				if constexpr (kWarpgroup) {
 					unsigned fp[4][4], fs[4][4];
 #pragma unroll
