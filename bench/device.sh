@@ -197,9 +197,9 @@ case $what in
   time)
     compare ceilings 45 bash -c 'baseline ceilings'
     section kernels-0.5b 100 bash -c 'ours kernels --shape 0.5b --load secloop'
+    section step-0.5b-secloop 190 bash -c 'step 0.5b secloop eager,compile --profile'
     # Both kinds of attention, side by side: which one is the faster decides the default.
     [ -n "${SHAPE:-}" ] || section wgmma-0.5b 60 bash -c 'for op in attention "attention backward"; do ours kernels --shape 0.5b --load secloop --only "$op" --attention wgmma || exit 1; done; ours step --shape 0.5b --load secloop --repeats 4 --attention wgmma'
-    section step-0.5b-secloop 190 bash -c 'step 0.5b secloop eager,compile --profile'
     section step-0.5b-flat 130 bash -c 'step 0.5b flat compile --profile'
     section step-0.5b-reason 150 bash -c 'step 0.5b reason compile --profile'
     ;;
