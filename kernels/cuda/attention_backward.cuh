@@ -50,6 +50,19 @@ struct Cursor {
 	}
 };
 
+// multiply_both computes x = a·bᵀ and y = c·dᵀ, for tiles b and d, by products of warpgroups.
+template <int D>
+TR_INLINE void multiply_both(float (&x)[8][4], const unsigned (&a)[D / 16][4], const bf16 *b, float (&y)[8][4], const unsigned (&c)[D / 16][4], const bf16 *d) {
+	wgmma_begin(x, y);
+#pragma unroll
+	for (int k = 0; k < D / 16; k++) {
+		int at = k / 4 * (kTile * 64) + k % 4 * 16;
+		if (k == 0) wgmma64<false, false>(x, a[k], describe(b + at)), wgmma64<false, false>(y, c[k], describe(d + at));
+		else wgmma64<false, true>(x, a[k], describe(b + at)), wgmma64<false, true>(y, c[k], describe(d + at));
+	}
+	wgmma_end(x, y);
+}
+
 template <int D, bool kWarpgroup>
 TR_INLINE void attention_dkv(bf16 *dqkv, float *part, const bf16 *qkv, const bf16 *dout, const float *lse, const float *delta, const int *works, const int *ranges,
                              const int *tiles, int h, int kv, float scale) {
@@ -127,14 +140,7 @@ TR_INLINE void attention_dkv(bf16 *dqkv, float *part, const bf16 *qkv, const bf1
 			for (int half = 0; half < kTile; half += kColumns) {
 				float s[kColumns / 8][4], dp[kColumns / 8][4];
 				if constexpr (kWarpgroup) {
-					wgmma_begin(s, dp);
-#pragma unroll
-					for (int d = 0; d < D / 16; d++) {
-						int at = d / 4 * (kTile * 64) + d % 4 * 16;
-						if (d == 0) wgmma64<false, false>(s, fk[d], describe(x.q + at)), wgmma64<false, false>(dp, fv[d], describe(x.dout + at));
-						else wgmma64<false, true>(s, fk[d], describe(x.q + at)), wgmma64<false, true>(dp, fv[d], describe(x.dout + at));
-					}
-					wgmma_end(s, dp);
+					multiply_both<D>(s, fk, x.q, dp, fv, x.dout);
 				} else {
 #pragma unroll
 					for (int n = 0; n < 4; n++)
@@ -301,14 +307,7 @@ TR_INLINE void attention_dq(bf16 *dqkv, const bf16 *qkv, const bf16 *dout, const
 			for (int half = 0; half < kTile; half += kColumns) {
 				float s[kColumns / 8][4], dp[kColumns / 8][4];
 				if constexpr (kWarpgroup) {
-					wgmma_begin(s, dp);
-#pragma unroll
-					for (int d = 0; d < D / 16; d++) {
-						int at = d / 4 * (kTile * 64) + d % 4 * 16;
-						if (d == 0) wgmma64<false, false>(s, fq[d], describe(tile_k + at)), wgmma64<false, false>(dp, fo[d], describe(tile_v + at));
-						else wgmma64<false, true>(s, fq[d], describe(tile_k + at)), wgmma64<false, true>(dp, fo[d], describe(tile_v + at));
-					}
-					wgmma_end(s, dp);
+					multiply_both<D>(s, fq, tile_k, dp, fo, tile_v);
 				} else {
 #pragma unroll
 					for (int n = 0; n < 4; n++)
